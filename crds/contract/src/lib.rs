@@ -1,1 +1,8 @@
-//! placeholder
+//! What operator and engine agree on, and nothing else: model facts, exit reasons, metric names, memory arithmetic,
+//! and the table of what the engine can run. Only serde; no client, no device, no clock.
+
+pub mod abilities;
+pub mod exit;
+pub mod facts;
+pub mod memory;
+pub mod metrics;

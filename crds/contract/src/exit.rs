@@ -1,0 +1,64 @@
+//! Why an engine process ended: written as JSON into the pod's termination message, read by the operator into
+//! conditions. Nobody reads logs to learn why.
+
+use serde::{Deserialize, Serialize};
+
+/// Kubernetes truncates a termination message at this many bytes.
+pub const TERMINATION_MESSAGE_BYTES_MAX: usize = 4096;
+
+/// The documented reasons. Each has a remedy in docs/status.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ExitReason {
+    /// The plan needs more memory than there is; the message holds the arithmetic.
+    DoesNotFit,
+    /// The device refused an allocation that the plan had counted on.
+    OutOfDeviceMemory,
+    /// The source names nothing that can be read.
+    ModelNotFound,
+    /// The source wants credentials it was not given.
+    ModelUnauthorized,
+    /// The checkpoint is of a kind the engine does not run.
+    UnsupportedModel,
+    /// A file is truncated, malformed or contradicts the configuration.
+    CorruptWeights,
+    /// The device stopped answering.
+    DeviceLost,
+    /// A defect of ours.
+    Internal,
+}
+
+impl ExitReason {
+    /// Process exit code, distinct per reason so that a shell can tell too.
+    pub fn code(self) -> u8 {
+        match self {
+            ExitReason::DoesNotFit => 10,
+            ExitReason::OutOfDeviceMemory => 11,
+            ExitReason::ModelNotFound => 12,
+            ExitReason::ModelUnauthorized => 13,
+            ExitReason::UnsupportedModel => 14,
+            ExitReason::CorruptWeights => 15,
+            ExitReason::DeviceLost => 16,
+            ExitReason::Internal => 70,
+        }
+    }
+
+    /// True where a restart cannot help and a person must act.
+    pub fn needs_a_person(self) -> bool {
+        match self {
+            ExitReason::DoesNotFit
+            | ExitReason::ModelNotFound
+            | ExitReason::ModelUnauthorized
+            | ExitReason::UnsupportedModel
+            | ExitReason::CorruptWeights => true,
+            ExitReason::OutOfDeviceMemory | ExitReason::DeviceLost | ExitReason::Internal => false,
+        }
+    }
+}
+
+/// The termination message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitReport {
+    pub reason: ExitReason,
+    /// One sentence with the figures and the remedy.
+    pub message: String,
+}
