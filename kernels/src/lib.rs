@@ -3,4 +3,6 @@
 //!
 //! Enters: slices. Leaves: slices. What never happens here: a request, a scheduler, a file format.
 
+pub mod cuda;
+pub mod launch;
 pub mod reference;
