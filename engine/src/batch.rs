@@ -107,7 +107,8 @@ pub struct Span {
     pub adapter: AdapterIndex,
     /// Sample a token from the last row's logits.
     pub sample: bool,
-    /// Report the log-probability of each next prompt token within the span.
+    /// For each row whose next position is still prompt, report the log-probability of the token there (it is in
+    /// `SlotStart::tokens`, also where the next span computes it).
     pub prompt_logprobs: bool,
 }
 

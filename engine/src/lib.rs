@@ -2,4 +2,8 @@
 
 pub mod backend;
 pub mod batch;
+pub mod kv_cache;
+pub mod metrics;
 pub mod request;
+pub mod scheduler;
+pub mod step;

@@ -15,7 +15,7 @@ pub struct PrefixSalt {
 /// When a sequence ends by itself. Stop strings are found later, in the text stream, which then cancels.
 #[derive(Clone, Debug)]
 pub struct StopRules {
-    /// Ends the sequence; the token itself is reported with `Finished`, not as text.
+    /// Ends the sequence; the token itself brings no event.
     pub stop_tokens: Arc<BTreeSet<TokenId>>,
     /// Output tokens at most; at least 1.
     pub output_tokens_max: u32,
@@ -44,8 +44,8 @@ pub enum FinishReason {
 /// What a request's stream brings, per choice.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {
-    /// First event of each choice: how much of the prompt was found in the cache, and the prompt's log-probabilities
-    /// where they were asked for (one per prompt token after the first).
+    /// First event of each choice: how much of the prompt was found in the cache (for a later choice: on a sibling's
+    /// pages), and the prompt's log-probabilities where they were asked for (one per prompt token after the first).
     Prompt {
         choice: u32,
         cached_tokens: u32,

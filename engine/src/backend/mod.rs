@@ -1,6 +1,9 @@
 //! The one seam between the step loop and whatever computes: a whole step goes in, sampled tokens come out. Single ops
 //! are private to a backend. Two implementations stand behind it: the CPU one and, in tests, a scripted one.
 
+#[doc(hidden)]
+pub mod scripted;
+
 use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
 
 use crate::batch::{Step, StepNumber, StepOutput};

@@ -1,0 +1,300 @@
+//! Who computes what in the next step. Lengths, page hashes and what finished steps brought enter; plans and notices
+//! leave. Token values, clocks, clients and devices never do, and the same calls always give the same plans.
+//!
+//! The rules, in one place:
+//! - **Order.** Sequences are admitted strictly in order of arrival (the choices of a request one after the other);
+//!   nobody overtakes, even who would fit. Within a step decode rows come first, then prefill chunks, both oldest
+//!   first, under `step_tokens_max`. Hence first tokens come in order of arrival.
+//! - **Pages.** Admission takes all pages of the prompt at once and leaves one page for each running sequence.
+//!   Decoding takes pages one by one. When there is none, the youngest running sequence gives up all of its pages and
+//!   goes back to its place in the queue, to be computed again; the youngest itself waits. So the oldest always
+//!   proceeds, and everyone becomes the oldest.
+//! - **Reuse.** A prompt starts behind the longest published prefix; one that is cached wholly recomputes its last
+//!   token. The later choices of a request wait for a sibling's prompt and share its pages. Pages are published when
+//!   the step that filled them is committed. Who wants log-probabilities of the prompt computes all of it.
+//! - **Steps in flight.** A plan counts tokens that are still being sampled as placeholders. What ends while a step in
+//!   flight contains it keeps its pages and its slot until that step is committed.
+//! - **Ends.** Every choice gets exactly one [`Notice::Ended`].
+
+mod commit;
+mod limits;
+mod plan;
+mod sequence;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+
+pub use limits::{Ask, Limits};
+use sequence::Sequence;
+
+use crate::batch::{PageCopy, PageId, SequenceId, Slot, StepNumber};
+use crate::kv_cache::{KvCache, PageHash};
+
+/// A request, numbered by whoever accepts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RequestId(pub u64);
+
+/// What the scheduler knows of a request.
+#[derive(Clone, Debug)]
+pub struct NewRequest {
+    pub id: RequestId,
+    pub ask: Ask,
+    /// Hashes of the prompt's full pages; empty where prefixes are not reused.
+    pub page_hashes: Vec<PageHash>,
+    pub prompt_logprobs: bool,
+}
+
+/// A step, in lengths.
+#[derive(Debug)]
+pub struct StepPlan {
+    pub number: StepNumber,
+    pub copies: Vec<PageCopy>,
+    pub spans: Vec<SpanPlan>,
+}
+
+/// See [`Span`](crate::batch::Span).
+#[derive(Debug)]
+pub struct SpanPlan {
+    pub sequence: SequenceId,
+    pub request: RequestId,
+    pub choice: u32,
+    pub slot: Slot,
+    /// The slot starts anew with this span.
+    pub begins: bool,
+    pub position: u32,
+    pub rows: u32,
+    pub sample: bool,
+    pub prompt_logprobs: bool,
+    pub tables: Vec<Arc<[PageId]>>,
+}
+
+/// What a span's sampled token means; the default where none was sampled, or its choice has ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Outcome {
+    /// It ends the sequence.
+    pub stop: bool,
+    /// It is the last token of a page, which has this hash.
+    pub page_hash: Option<PageHash>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum End {
+    /// A stop token or a stop string.
+    Stop,
+    /// `output_tokens_max`.
+    Length,
+    /// Nobody listens any more.
+    Aborted,
+    /// A step failed.
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// The whole prompt is computed; this much of it had been found.
+    Prompt { request: RequestId, choice: u32, cached_tokens: u32 },
+    /// The token sampled by this span of the committed step counts.
+    Token { request: RequestId, choice: u32, span: usize },
+    /// The last one for this choice.
+    Ended { request: RequestId, choice: u32, end: End },
+}
+
+/// Sums since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub preemptions: u64,
+    /// Prompt tokens looked up in the prefix cache, and found there.
+    pub prefix_queries: u64,
+    pub prefix_hits: u64,
+}
+
+struct RequestState {
+    first: SequenceId,
+    choices: u32,
+    /// Choices that have not ended.
+    open: u32,
+    /// A choice has been admitted.
+    begun: bool,
+    /// Log-probabilities of the prompt are wanted and not yet there.
+    prompt_logprobs: bool,
+}
+
+struct InFlight {
+    number: StepNumber,
+    copies: Vec<PageCopy>,
+    spans: Vec<SpanInFlight>,
+}
+
+#[derive(Clone, Copy)]
+struct SpanInFlight {
+    sequence: SequenceId,
+    position: u32,
+    end: u32,
+    sample: bool,
+}
+
+pub struct Scheduler {
+    limits: Limits,
+    kv: KvCache,
+    requests: HashMap<RequestId, RequestState>,
+    /// Not running, by age: preempted ones and those that never ran.
+    waiting: BTreeMap<SequenceId, Sequence>,
+    /// By age; they hold a slot and pages.
+    running: Vec<Sequence>,
+    /// Ended, but still part of a step in flight; they keep slot and pages until it is committed.
+    leaving: Vec<Sequence>,
+    slots_free: Vec<Slot>,
+    in_flight: VecDeque<InFlight>,
+    waiting_requests: usize,
+    next_sequence: u64,
+    next_step: u64,
+    totals: Totals,
+}
+
+impl Scheduler {
+    pub fn new(limits: Limits) -> Scheduler {
+        limits.check();
+        Scheduler {
+            kv: KvCache::new(&limits.kv_pages),
+            requests: HashMap::new(),
+            waiting: BTreeMap::new(),
+            running: Vec::with_capacity(limits.running_max),
+            leaving: Vec::new(),
+            slots_free: (0..limits.running_max as u32).rev().map(Slot).collect(),
+            in_flight: VecDeque::with_capacity(limits.steps_in_flight),
+            waiting_requests: 0,
+            next_sequence: 0,
+            next_step: 1,
+            totals: Totals::default(),
+            limits,
+        }
+    }
+
+    /// Queues a request that [`Limits::refusal`] has let in.
+    pub fn add(&mut self, new: NewRequest) {
+        let refusal = self.limits.refusal(new.ask, self.waiting_requests, 0);
+        assert!(refusal.is_none(), "the door lets in only what fits: {refusal:?}");
+        let choices = new.ask.choices;
+        let state = RequestState {
+            first: SequenceId(self.next_sequence),
+            choices,
+            open: choices,
+            begun: false,
+            prompt_logprobs: new.prompt_logprobs,
+        };
+        for choice in 0..choices {
+            let id = SequenceId(self.next_sequence);
+            self.next_sequence += 1;
+            self.waiting.insert(id, Sequence::new(id, choice, &new));
+        }
+        self.waiting_requests += 1;
+        let known = self.requests.insert(new.id, state);
+        assert!(known.is_none(), "request numbers are used once");
+    }
+
+    /// Ends whatever is left of a request: its client is gone.
+    pub fn cancel(&mut self, request: RequestId, notices: &mut Vec<Notice>) {
+        for id in self.sequences_of(request) {
+            self.end(id, End::Aborted, notices);
+        }
+    }
+
+    /// Ends one choice, in whose text a stop string was found. Nothing happens if it has ended already.
+    pub fn finish(&mut self, request: RequestId, choice: u32, notices: &mut Vec<Notice>) {
+        if let Some(id) = self.sequences_of(request).nth(choice as usize) {
+            self.end(id, End::Stop, notices);
+        }
+    }
+
+    /// Ends everything and forgets the steps in flight: the device is lost.
+    pub fn fail_all(&mut self, notices: &mut Vec<Notice>) {
+        while let Some(step) = self.in_flight.pop_front() {
+            self.leave_step(&step);
+        }
+        let ids: Vec<SequenceId> =
+            self.running.iter().map(|s| s.id).chain(self.waiting.keys().copied()).collect();
+        for id in ids {
+            self.end(id, End::Failed, notices);
+        }
+    }
+
+    /// Sequences that hold a slot and go on.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Sequences that wait for their turn.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Requests of which no choice has begun; bounded by `waiting_max`.
+    pub fn waiting_requests(&self) -> usize {
+        self.waiting_requests
+    }
+
+    pub fn steps_in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Nothing runs, waits or is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.waiting.is_empty() && self.in_flight.is_empty()
+    }
+
+    pub fn pages_available(&self) -> usize {
+        self.kv.pages_available()
+    }
+
+    pub fn pages_total(&self) -> usize {
+        self.kv.pages_total()
+    }
+
+    pub fn totals(&self) -> Totals {
+        self.totals
+    }
+
+    /// Whether all books balance; for tests, and when idle.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        let sequences = || self.running.iter().chain(&self.leaving).chain(self.waiting.values());
+        let copies = self.in_flight.iter().flat_map(|step| &step.copies);
+        self.kv.check_integrity(sequences().map(|s| &s.table), copies)?;
+        if self.slots_free.len() + self.running.len() + self.leaving.len()
+            != self.limits.running_max
+        {
+            return Err("slots are lost or doubled".into());
+        }
+        if !self.running.is_sorted_by_key(|s| s.id) {
+            return Err("running sequences are not in order of arrival".into());
+        }
+        let oldest_waiting = self.waiting.keys().next();
+        let youngest_running = self.running.last().map(|s| &s.id);
+        if let (Some(oldest), Some(youngest)) = (oldest_waiting, youngest_running)
+            && oldest < youngest
+        {
+            return Err(format!("{youngest:?} overtook {oldest:?}"));
+        }
+        for span in self.in_flight.iter().flat_map(|step| &step.spans) {
+            let owner = sequences().find(|s| s.id == span.sequence).ok_or("a span has no owner")?;
+            let pages = span.position / 64..=(span.end - 1) / 64;
+            if !pages.clone().all(|page| self.kv.writable(&owner.table, page as usize)) {
+                return Err(format!("a step in flight writes pages {pages:?} that are shared"));
+            }
+        }
+        let open: u32 = self.requests.values().map(|request| request.open).sum();
+        if open as usize != self.running.len() + self.waiting.len() {
+            return Err("open choices are not the sequences that wait and run".into());
+        }
+        Ok(())
+    }
+
+    fn sequences_of(&self, request: RequestId) -> impl Iterator<Item = SequenceId> + use<> {
+        let (first, choices) =
+            self.requests.get(&request).map_or((0, 0), |state| (state.first.0, state.choices));
+        (first..first + u64::from(choices)).map(SequenceId)
+    }
+
+    fn running_index(&self, id: SequenceId) -> Option<usize> {
+        self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()
+    }
+}

@@ -1,0 +1,118 @@
+//! What a finished step changes: lengths grow, full pages are published, sequences end, pages come back.
+
+use plimsoll_contract::abilities::PAGE_TOKENS;
+
+use super::{End, InFlight, Notice, Outcome, Scheduler, SequenceId, SpanInFlight, StepNumber};
+use crate::scheduler::sequence::Sequence;
+
+impl Scheduler {
+    /// Takes what the oldest step in flight brought, one outcome per span.
+    pub fn commit(&mut self, number: StepNumber, outcomes: &[Outcome], notices: &mut Vec<Notice>) {
+        let step = self.in_flight.pop_front().expect("only steps in flight are committed");
+        assert_eq!(step.number, number, "steps are committed in order");
+        assert_eq!(step.spans.len(), outcomes.len(), "one outcome per span");
+        for (index, (span, outcome)) in step.spans.iter().zip(outcomes).enumerate() {
+            if let Some(end) = self.commit_span(index, span, outcome, notices) {
+                self.end(span.sequence, end, notices);
+            }
+        }
+        self.leave_step(&step);
+    }
+
+    /// A step failed, so that nothing its sequences hold can be trusted.
+    pub fn fail(&mut self, number: StepNumber, notices: &mut Vec<Notice>) {
+        let index = self.in_flight.iter().position(|step| step.number == number);
+        let index = index.expect("only steps in flight fail");
+        let step = self.in_flight.remove(index).expect("found just now");
+        for span in &step.spans {
+            self.end(span.sequence, End::Failed, notices);
+        }
+        self.leave_step(&step);
+    }
+
+    fn commit_span(
+        &mut self,
+        index: usize,
+        span: &SpanInFlight,
+        outcome: &Outcome,
+        notices: &mut Vec<Notice>,
+    ) -> Option<End> {
+        // What ended while the step was in flight no longer runs, and its row is dropped.
+        let sequence = self.running_index(span.sequence)?;
+        let sequence = &mut self.running[sequence];
+        let (request, choice) = (sequence.request, sequence.choice);
+        sequence.committed = span.end;
+        sequence.hashes.extend(outcome.page_hash);
+        let full_pages = (sequence.committed / PAGE_TOKENS) as usize;
+        while sequence.published < full_pages.min(sequence.hashes.len()) {
+            let page = sequence.published;
+            self.kv.publish(&sequence.table, page, sequence.hashes[page]);
+            sequence.published += 1;
+        }
+        if !sequence.prompt_noticed && sequence.committed >= sequence.prompt {
+            sequence.prompt_noticed = true;
+            let cached_tokens = sequence.cached_tokens.expect("set at admission");
+            notices.push(Notice::Prompt { request, choice, cached_tokens });
+            let request = self.requests.get_mut(&request).expect("it has an open choice");
+            request.prompt_logprobs = false;
+        }
+        if !span.sample {
+            return None;
+        }
+        sequence.generated += 1;
+        notices.push(Notice::Token { request, choice, span: index });
+        if outcome.stop {
+            Some(End::Stop)
+        } else {
+            (sequence.generated == sequence.output_max).then_some(End::Length)
+        }
+    }
+
+    /// Takes a sequence out of the books, unless it has left them before.
+    pub(super) fn end(&mut self, id: SequenceId, end: End, notices: &mut Vec<Notice>) {
+        let (request, choice) = if let Some(index) = self.running_index(id) {
+            let sequence = self.running.remove(index);
+            let names = (sequence.request, sequence.choice);
+            if sequence.in_flight > 0 {
+                self.leaving.push(sequence);
+            } else {
+                self.retire(sequence);
+            }
+            names
+        } else if let Some(sequence) = self.waiting.remove(&id) {
+            (sequence.request, sequence.choice)
+        } else {
+            return;
+        };
+        notices.push(Notice::Ended { request, choice, end });
+        let state = self.requests.get_mut(&request).expect("it had an open choice");
+        state.open -= 1;
+        if state.open == 0 {
+            self.waiting_requests -= usize::from(!state.begun);
+            self.requests.remove(&request);
+        }
+    }
+
+    /// The step is over for its sequences: those that have ended give their pages and slots back.
+    pub(super) fn leave_step(&mut self, step: &InFlight) {
+        for span in &step.spans {
+            if let Some(index) = self.running_index(span.sequence) {
+                self.running[index].in_flight -= 1;
+                continue;
+            }
+            let index = self.leaving.iter().position(|sequence| sequence.id == span.sequence);
+            let index = index.expect("a sequence stays until its last step is over");
+            self.leaving[index].in_flight -= 1;
+            if self.leaving[index].in_flight == 0 {
+                let sequence = self.leaving.swap_remove(index);
+                self.retire(sequence);
+            }
+        }
+        self.kv.finish_copies(&step.copies);
+    }
+
+    fn retire(&mut self, sequence: Sequence) {
+        self.slots_free.push(sequence.slot);
+        self.kv.release(sequence.table);
+    }
+}

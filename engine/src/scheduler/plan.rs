@@ -1,0 +1,215 @@
+//! Planning: decode rows, then prefill chunks, then admissions, under the rules in the parent.
+
+use plimsoll_contract::abilities::PAGE_TOKENS;
+
+use super::{InFlight, Scheduler, SequenceId, SpanInFlight, SpanPlan, StepPlan};
+use crate::batch::{PageCopy, StepNumber};
+use crate::kv_cache::pages_of;
+
+/// A plan in the making.
+struct Draft {
+    copies: Vec<PageCopy>,
+    spans: Vec<SpanPlan>,
+    /// Rows that may still be added.
+    rows_left: u32,
+    /// Running sequences from this index on get no rows: one of them is to be preempted as soon as no step contains it.
+    withheld_from: usize,
+    /// Somebody lacks pages, so nobody is admitted.
+    short_of_pages: bool,
+}
+
+/// Where a sequence starts once admitted.
+enum Start {
+    /// Behind this many published pages.
+    Published { pages: usize },
+    /// On the pages of a sibling whose prompt is computed.
+    Sibling { index: usize, pages: usize },
+}
+
+impl Scheduler {
+    /// The next step, or none if nothing can be added to what is in flight.
+    pub fn plan(&mut self) -> Option<StepPlan> {
+        assert!(self.in_flight.len() < self.limits.steps_in_flight, "the pipeline is full");
+        let mut draft = Draft {
+            copies: Vec::new(),
+            spans: Vec::with_capacity(self.running.len() + 1),
+            rows_left: self.limits.step_tokens_max,
+            withheld_from: usize::MAX,
+            short_of_pages: false,
+        };
+        self.plan_decodes(&mut draft);
+        self.plan_prefills(&mut draft);
+        self.admit(&mut draft);
+        if draft.spans.is_empty() {
+            assert!(!self.in_flight.is_empty() || self.is_idle(), "the oldest always proceeds");
+            return None;
+        }
+        let number = StepNumber(self.next_step);
+        self.next_step += 1;
+        let spans = draft.spans.iter().map(|span| SpanInFlight {
+            sequence: span.sequence,
+            position: span.position,
+            end: span.position + span.rows,
+            sample: span.sample,
+        });
+        let spans = spans.collect();
+        self.in_flight.push_back(InFlight { number, copies: draft.copies.clone(), spans });
+        Some(StepPlan { number, copies: draft.copies, spans: draft.spans })
+    }
+
+    fn plan_decodes(&mut self, draft: &mut Draft) {
+        let mut index = 0;
+        while index < self.running.len().min(draft.withheld_from) && draft.rows_left > 0 {
+            if self.running[index].rows_left() == 1 && self.make_room(index, draft) {
+                self.add_span(index, 1, draft);
+            }
+            index += 1;
+        }
+    }
+
+    /// Pages for one more row of a running sequence, taken from the youngest if need be.
+    fn make_room(&mut self, index: usize, draft: &mut Draft) -> bool {
+        loop {
+            let sequence = &mut self.running[index];
+            let (first, end) = (sequence.computed, sequence.computed + 1);
+            if self.kv.prepare(&mut sequence.table, first, end, &mut draft.copies) {
+                return true;
+            }
+            draft.short_of_pages = true;
+            let youngest = self.running.len() - 1;
+            if !self.leaving.is_empty() || index == youngest || draft.withheld_from == youngest {
+                return false;
+            }
+            if self.running[youngest].in_flight > 0 {
+                draft.withheld_from = youngest;
+                return false;
+            }
+            self.preempt_youngest();
+        }
+    }
+
+    fn preempt_youngest(&mut self) {
+        let mut sequence = self.running.pop().expect("a younger one than the caller's exists");
+        sequence.rewind();
+        self.kv.release(std::mem::take(&mut sequence.table));
+        self.slots_free.push(sequence.slot);
+        self.waiting.insert(sequence.id, sequence);
+        self.totals.preemptions += 1;
+    }
+
+    /// Prompts under way; their pages were taken at admission.
+    fn plan_prefills(&mut self, draft: &mut Draft) {
+        for index in 0..self.running.len().min(draft.withheld_from) {
+            let rows = self.running[index].rows_left().min(draft.rows_left);
+            if self.running[index].rows_left() > 1 && rows > 0 {
+                self.add_span(index, rows, draft);
+            }
+        }
+    }
+
+    fn admit(&mut self, draft: &mut Draft) {
+        while draft.rows_left > 0
+            && !draft.short_of_pages
+            && self.running.len() + self.leaving.len() < self.limits.running_max
+        {
+            let Some(&id) = self.waiting.keys().next() else { return };
+            let Some(start) = self.starting_point(id) else { return };
+            let index = self.begin(id, start, draft);
+            let rows = self.running[index].rows_left().min(draft.rows_left);
+            self.add_span(index, rows, draft);
+        }
+    }
+
+    /// Where the head of the queue would start, or none while it must wait for a sibling or for pages.
+    fn starting_point(&self, id: SequenceId) -> Option<Start> {
+        let sequence = &self.waiting[&id];
+        let pages = pages_of(sequence.length());
+        let margin = self.running.len();
+        let mut siblings =
+            self.running.iter().enumerate().filter(|s| s.1.request == sequence.request);
+        if let Some((index, sibling)) = siblings.next() {
+            // Only the first running sibling can still be in its prompt: the others waited for it.
+            if sibling.committed < sibling.prompt {
+                return None;
+            }
+            let shared = pages_of(sequence.prompt);
+            // One page more than the difference, since the last shared one is written, thus copied.
+            let fits = pages - shared + 1 + margin <= self.kv.pages_available();
+            return fits.then_some(Start::Sibling { index, pages: shared });
+        }
+        let hashes = if self.requests[&sequence.request].prompt_logprobs {
+            &[]
+        } else {
+            &sequence.hashes[..]
+        };
+        let found = self.kv.lookup(hashes);
+        let available = self.kv.pages_available_besides(&hashes[..found]);
+        let whole = found * PAGE_TOKENS as usize == sequence.length() as usize;
+        if pages - found + usize::from(whole) + margin <= available {
+            return Some(Start::Published { pages: found });
+        }
+        // Copying the last page of a wholly cached prompt can be one page too much; computing it is not.
+        let found = if whole { found - 1 } else { found };
+        let available = self.kv.pages_available_besides(&hashes[..found]);
+        (pages - found + margin <= available).then_some(Start::Published { pages: found })
+    }
+
+    fn begin(&mut self, id: SequenceId, start: Start, draft: &mut Draft) -> usize {
+        let mut sequence = self.waiting.remove(&id).expect("the head of the queue");
+        let request = self.requests.get_mut(&sequence.request).expect("it has an open choice");
+        if !request.begun {
+            request.begun = true;
+            self.waiting_requests -= 1;
+        }
+        sequence.prompt_logprobs = request.prompt_logprobs;
+        let length = sequence.length();
+        match start {
+            Start::Published { pages } => {
+                sequence.table = self.kv.hold(&sequence.hashes[..pages]);
+                sequence.computed = (pages as u32 * PAGE_TOKENS).min(length - 1);
+                sequence.published = pages;
+                if sequence.cached_tokens.is_none() {
+                    self.totals.prefix_hits += u64::from(sequence.computed);
+                    if self.limits.prefix_reuse && !sequence.prompt_logprobs {
+                        self.totals.prefix_queries += u64::from(sequence.prompt);
+                    }
+                }
+            }
+            Start::Sibling { index, pages } => {
+                sequence.table = self.kv.share(&self.running[index].table, pages);
+                sequence.computed = sequence.prompt.min(length - 1);
+                sequence.published = (sequence.prompt / PAGE_TOKENS) as usize;
+            }
+        }
+        sequence.cached_tokens.get_or_insert(sequence.computed);
+        sequence.committed = sequence.computed;
+        sequence.slot = self.slots_free.pop().expect("as many slots as may run");
+        let first = sequence.computed;
+        let ready = self.kv.prepare(&mut sequence.table, first, length, &mut draft.copies);
+        assert!(ready, "starting_point() counted the pages");
+        self.running.push(sequence);
+        self.running.len() - 1
+    }
+
+    fn add_span(&mut self, index: usize, rows: u32, draft: &mut Draft) {
+        let sequence = &mut self.running[index];
+        let position = sequence.computed;
+        sequence.computed += rows;
+        let sample = sequence.computed == sequence.length();
+        sequence.sampled += u32::from(sample);
+        sequence.in_flight += 1;
+        draft.rows_left -= rows;
+        draft.spans.push(SpanPlan {
+            sequence: sequence.id,
+            request: sequence.request,
+            choice: sequence.choice,
+            slot: sequence.slot,
+            begins: std::mem::take(&mut sequence.begins),
+            position,
+            rows,
+            sample,
+            prompt_logprobs: sequence.prompt_logprobs && position < sequence.prompt,
+            tables: sequence.table.snapshot(),
+        });
+    }
+}

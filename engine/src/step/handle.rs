@@ -1,0 +1,303 @@
+//! The step loop as the rest of the process sees it: submit, listen, cancel, watch.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::{Notify, watch};
+
+use crate::kv_cache::{PageHash, page_hashes};
+use crate::metrics::Metrics;
+use crate::request::{Event, Refusal, Request};
+use crate::scheduler::{Ask, Limits, RequestId};
+
+pub(super) enum Command {
+    Submit(Box<Submission>),
+    Cancel(RequestId),
+    Finish(RequestId, u32),
+}
+
+pub(super) struct Submission {
+    pub id: RequestId,
+    pub request: Request,
+    pub page_hashes: Vec<PageHash>,
+    pub arrived: Instant,
+    pub events: UnboundedSender<Event>,
+}
+
+impl Ask {
+    pub(super) fn of(request: &Request) -> Ask {
+        Ask {
+            prompt_tokens: u32::try_from(request.prompt.len()).unwrap_or(u32::MAX),
+            output_tokens_max: request.stop.output_tokens_max,
+            choices: request.choices,
+        }
+    }
+}
+
+/// A snapshot, at most one step old.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineState {
+    pub running: usize,
+    pub waiting: usize,
+    /// Includes pages that are kept only for reuse.
+    pub kv_pages_free: usize,
+    pub kv_pages_total: usize,
+}
+
+/// Why the engine will not answer any more; the process ends with the matching exit reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EngineLoss {
+    Device(String),
+    /// A defect of ours.
+    Panicked,
+}
+
+/// What the loop's thread and everybody else see.
+pub(super) struct Shared {
+    pub limits: Limits,
+    pub metrics: Arc<Metrics>,
+    started: Instant,
+    requests: AtomicU64,
+    /// Requests of which no choice has begun, those still in the channel included.
+    waiting: AtomicUsize,
+    /// Requests that have not ended.
+    active: AtomicUsize,
+    shutting_down: AtomicBool,
+    /// Notified whenever `active` falls to zero, and by the end of the loop.
+    drained: Notify,
+    resting: AtomicBool,
+    /// When the loop last came round, in milliseconds after `started`.
+    beat_ms: AtomicU64,
+    /// How long the request that began last had waited, for the hint to those who are refused.
+    queue_ms: AtomicU64,
+    state: watch::Sender<EngineState>,
+    loss: watch::Sender<Option<EngineLoss>>,
+}
+
+impl Shared {
+    pub fn new(limits: Limits, metrics: Arc<Metrics>, kv_pages_total: usize) -> Shared {
+        let state =
+            EngineState { kv_pages_free: kv_pages_total, kv_pages_total, ..Default::default() };
+        Shared {
+            limits,
+            metrics,
+            started: Instant::now(),
+            requests: AtomicU64::new(0),
+            waiting: AtomicUsize::new(0),
+            active: AtomicUsize::new(0),
+            shutting_down: AtomicBool::new(false),
+            drained: Notify::new(),
+            resting: AtomicBool::new(true),
+            beat_ms: AtomicU64::new(0),
+            queue_ms: AtomicU64::new(0),
+            state: watch::Sender::new(state),
+            loss: watch::Sender::new(None),
+        }
+    }
+
+    pub fn beat(&self) {
+        self.beat_ms.store(self.started.elapsed().as_millis() as u64, SeqCst);
+        self.resting.store(false, SeqCst);
+    }
+
+    pub fn rest(&self) {
+        self.resting.store(true, SeqCst);
+    }
+
+    pub fn note_queue_time(&self, queued: Duration) {
+        self.queue_ms.store(queued.as_millis() as u64, SeqCst);
+    }
+
+    pub fn set_state(&self, state: EngineState) {
+        self.state.send_if_modified(|old| std::mem::replace(old, state) != state);
+    }
+
+    pub fn release_waiting(&self, requests: usize) {
+        self.waiting.fetch_sub(requests, SeqCst);
+    }
+
+    /// A request has ended.
+    pub fn leave(&self) {
+        if self.active.fetch_sub(1, SeqCst) == 1 {
+            self.drained.notify_waiters();
+        }
+    }
+
+    pub fn lose(&self, loss: EngineLoss) {
+        self.shutting_down.store(true, SeqCst);
+        self.loss.send_replace(Some(loss));
+        self.drained.notify_waiters();
+    }
+
+    /// Takes a place in the queue, or says why there is none.
+    fn enter(&self, ask: Ask) -> Result<(), Refusal> {
+        // Counted first, so that drained() cannot miss whoever passes the check.
+        self.active.fetch_add(1, SeqCst);
+        let refused = if self.shutting_down.load(SeqCst) {
+            Some(Refusal::ShuttingDown)
+        } else {
+            let mut refusal = None;
+            let entered = self.waiting.fetch_update(SeqCst, SeqCst, |waiting| {
+                refusal = self.limits.refusal(ask, waiting, self.retry_after_seconds());
+                refusal.is_none().then_some(waiting + 1)
+            });
+            if entered.is_ok() { None } else { refusal }
+        };
+        match refused {
+            None => Ok(()),
+            Some(refusal) => {
+                self.metrics.refused(&refusal);
+                self.leave();
+                Err(refusal)
+            }
+        }
+    }
+
+    /// As long as the last one waited, but not longer than a client will remember.
+    fn retry_after_seconds(&self) -> u64 {
+        self.queue_ms.load(SeqCst).div_ceil(1000).clamp(1, 60)
+    }
+}
+
+/// Reports a panic of the loop, so that nobody waits for it.
+pub(super) struct EndGuard(pub Arc<Shared>);
+
+impl Drop for EndGuard {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lose(EngineLoss::Panicked);
+        }
+    }
+}
+
+#[derive(Clone)]
+pub struct EngineHandle {
+    shared: Arc<Shared>,
+    commands: Sender<Command>,
+}
+
+impl EngineHandle {
+    pub(super) fn new(shared: Arc<Shared>, commands: Sender<Command>) -> EngineHandle {
+        EngineHandle { shared, commands }
+    }
+
+    /// Queues a request, or refuses it at once. Never waits; hashing a long prompt takes about a microsecond per 64
+    /// tokens.
+    pub fn submit(&self, request: Request) -> Result<RequestStream, Refusal> {
+        let arrived = Instant::now();
+        let ask = Ask::of(&request);
+        self.shared.enter(ask)?;
+        self.shared.metrics.accepted(ask.choices, ask.output_tokens_max);
+        let reuse = self.shared.limits.prefix_reuse;
+        let page_hashes =
+            if reuse { page_hashes(&request.prompt, &request.salt) } else { Vec::new() };
+        let id = RequestId(self.shared.requests.fetch_add(1, SeqCst));
+        let (events, receiver) = unbounded_channel();
+        let submission = Submission { id, request, page_hashes, arrived, events };
+        // A loop that has ended drops the submission, and with it the sender: the stream then reports a failure.
+        let _ = self.commands.send(Command::Submit(Box::new(submission)));
+        Ok(RequestStream {
+            id,
+            events: receiver,
+            commands: self.commands.clone(),
+            open: vec![true; ask.choices as usize],
+        })
+    }
+
+    /// How long ago the loop last came round; zero while it rests.
+    pub fn heartbeat_age(&self) -> Duration {
+        if self.shared.resting.load(SeqCst) {
+            return Duration::ZERO;
+        }
+        let beat = Duration::from_millis(self.shared.beat_ms.load(SeqCst));
+        self.shared.started.elapsed().saturating_sub(beat)
+    }
+
+    pub fn state(&self) -> EngineState {
+        *self.shared.state.borrow()
+    }
+
+    /// From now on every request is refused.
+    pub fn begin_shutdown(&self) {
+        self.shared.shutting_down.store(true, SeqCst);
+        self.shared.drained.notify_waiters();
+    }
+
+    /// Waits until shutdown has begun and no request is left, or the engine is lost.
+    pub async fn drained(&self) {
+        loop {
+            let mut notified = std::pin::pin!(self.shared.drained.notified());
+            notified.as_mut().enable();
+            let stopped = self.shared.shutting_down.load(SeqCst);
+            let empty = self.shared.active.load(SeqCst) == 0;
+            if stopped && (empty || self.shared.loss.borrow().is_some()) {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Waits until the engine is lost, which ends the process.
+    pub async fn lost(&self) -> EngineLoss {
+        let mut loss = self.shared.loss.subscribe();
+        let lost = loss.wait_for(Option::is_some).await.expect("the handle holds the sender");
+        lost.clone().expect("waited for it")
+    }
+}
+
+/// A request's events. Dropped before all choices have ended, it cancels the request.
+pub struct RequestStream {
+    id: RequestId,
+    events: UnboundedReceiver<Event>,
+    commands: Sender<Command>,
+    /// By choice.
+    open: Vec<bool>,
+}
+
+impl RequestStream {
+    /// The next event; none after every choice has ended.
+    pub async fn next(&mut self) -> Option<Event> {
+        while self.is_open() {
+            let Some(event) = self.events.recv().await else {
+                let choice = self.open.iter().position(|open| *open)?;
+                self.open[choice] = false;
+                let message = "the engine has stopped".into();
+                return Some(Event::Failed { choice: choice as u32, message });
+            };
+            let (choice, last) = match &event {
+                Event::Prompt { choice, .. } | Event::Token { choice, .. } => (*choice, false),
+                Event::Finished { choice, .. } | Event::Failed { choice, .. } => (*choice, true),
+            };
+            let open = &mut self.open[choice as usize];
+            if *open {
+                *open = !last;
+                return Some(event);
+            }
+        }
+        None
+    }
+
+    /// Ends a choice in whose text a stop string was found: it brings no further event.
+    pub fn finish_choice(&mut self, choice: u32) {
+        if std::mem::take(&mut self.open[choice as usize]) {
+            // A loop that has ended has nothing left to finish.
+            let _ = self.commands.send(Command::Finish(self.id, choice));
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.contains(&true)
+    }
+}
+
+impl Drop for RequestStream {
+    fn drop(&mut self) {
+        if self.is_open() {
+            // A loop that has ended has nothing left to cancel.
+            let _ = self.commands.send(Command::Cancel(self.id));
+        }
+    }
+}
