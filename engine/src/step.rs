@@ -24,26 +24,11 @@ use crate::scheduler::{
 
 /// Starts the thread. It ends when every handle and stream is gone, or with the device.
 pub fn start(backend: Box<dyn Backend>, limits: Limits, metrics: Arc<Metrics>) -> EngineHandle {
-    assert_eq!(backend.layout().groups.len(), limits.kv_pages.len(), "pages for each layer group");
-    let (sender, commands) = std::sync::mpsc::channel();
-    let scheduler = Scheduler::new(limits.clone());
-    metrics.kv_cache_is(scheduler.pages_total());
-    let shared = Arc::new(Shared::new(limits, metrics, scheduler.pages_total()));
-    let step_loop = StepLoop {
-        backend,
-        scheduler,
-        requests: HashMap::new(),
-        in_flight: VecDeque::new(),
-        commands,
-        notices: Vec::new(),
-        outcomes: Vec::new(),
-        totals: Totals::default(),
-        waiting_counted: 0,
-        shared: Arc::clone(&shared),
-    };
+    let (step_loop, handle) = StepLoop::new(backend, limits, metrics);
+    step_loop.shared.metrics.kv_cache_is(step_loop.scheduler.pages_total());
     let thread = std::thread::Builder::new().name("step-loop".into());
     thread.spawn(move || step_loop.run()).expect("the process may start a thread");
-    EngineHandle::new(shared, sender)
+    handle
 }
 
 /// A span as it was submitted.
@@ -77,6 +62,31 @@ struct StepLoop {
 }
 
 impl StepLoop {
+    fn new(
+        backend: Box<dyn Backend>,
+        limits: Limits,
+        metrics: Arc<Metrics>,
+    ) -> (StepLoop, EngineHandle) {
+        let groups = backend.layout().groups.len();
+        assert_eq!(groups, limits.kv_pages.len(), "a number of pages for each layer group");
+        let (sender, commands) = std::sync::mpsc::channel();
+        let scheduler = Scheduler::new(limits.clone());
+        let shared = Arc::new(Shared::new(limits, metrics, scheduler.pages_total()));
+        let step_loop = StepLoop {
+            backend,
+            scheduler,
+            requests: HashMap::new(),
+            in_flight: VecDeque::new(),
+            commands,
+            notices: Vec::new(),
+            outcomes: Vec::new(),
+            totals: Totals::default(),
+            waiting_counted: 0,
+            shared: Arc::clone(&shared),
+        };
+        (step_loop, EngineHandle::new(shared, sender))
+    }
+
     fn run(mut self) {
         // Whoever waits for the engine learns of a panic too.
         let _end = handle::EndGuard(Arc::clone(&self.shared));
@@ -268,5 +278,9 @@ fn fill(live: &Live, plan: SpanPlan) -> Span {
     }
 }
 
+#[cfg(test)]
+mod cost;
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

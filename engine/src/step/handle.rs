@@ -132,6 +132,11 @@ impl Shared {
         self.drained.notify_waiters();
     }
 
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.waiting.load(SeqCst) == 0 && self.active.load(SeqCst) == 0
+    }
+
     /// Takes a place in the queue, or says why there is none.
     fn enter(&self, ask: Ask) -> Result<(), Refusal> {
         // Counted first, so that drained() cannot miss whoever passes the check.
