@@ -1,1 +1,6 @@
-//! placeholder
+//! Real parts for tests: a Kubernetes of our own, and the clients and servers that stories need.
+//!
+//! Nothing here is simulated except what `README.md` names. Nothing here reaches a network outside
+//! loopback and the namespaces it makes itself.
+
+pub mod cluster;

@@ -1,0 +1,117 @@
+//! One cluster for all tests of a test binary.
+//!
+//! In: nothing. Out: the node, or the API server, held by one test at a time; or nothing and one
+//! clear line where this machine cannot have it. Never silently left out: with
+//! `PLIMSOLL_REQUIRE_CLUSTER=1` what cannot run fails.
+
+use std::fs::File;
+use std::ops::Deref;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use anyhow::{Context, Result, bail};
+
+use super::api_server::ApiServer;
+use super::containers::toolbox_image;
+use super::node::Node;
+use super::process::Lifetime;
+use super::tools::Tools;
+
+/// The name of the node that tests share; `make cluster` uses another.
+const TEST_NODE: &str = "test";
+
+/// Exclusive use of a cluster that outlives the test.
+pub struct Shared<T: 'static> {
+    cluster: &'static T,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl<T> Deref for Shared<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        self.cluster
+    }
+}
+
+/// The node, brought up by the first test that asks. `None` when this machine cannot run one, which
+/// has been said on standard error.
+pub fn shared_node() -> Option<Shared<Node>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    static NODE: OnceLock<Result<Node, String>> = OnceLock::new();
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Err(reason) = possible() {
+        leave_out(&reason);
+        return None;
+    }
+    let node = NODE.get_or_init(|| start_node().map_err(|error| format!("{error:#}")));
+    match node {
+        Ok(cluster) => Some(Shared { cluster, _turn: turn }),
+        Err(error) => panic!("the test node did not start: {error}"),
+    }
+}
+
+/// The API server alone, brought up by the first test that asks; `None` as for the node, but root is
+/// not needed.
+pub fn shared_api_server() -> Option<Shared<ApiServer>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    static SERVER: OnceLock<Result<ApiServer, String>> = OnceLock::new();
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Err(error) = Tools::find() {
+        leave_out(&format!("{error:#}"));
+        return None;
+    }
+    let server = SERVER.get_or_init(|| ApiServer::start().map_err(|error| format!("{error:#}")));
+    match server {
+        Ok(cluster) => Some(Shared { cluster, _turn: turn }),
+        Err(error) => panic!("the test API server did not start: {error}"),
+    }
+}
+
+/// What stands in the way of a node on this machine.
+fn possible() -> Result<(), String> {
+    // SAFETY: a plain system call without arguments.
+    if unsafe { libc::geteuid() } != 0 {
+        return Err("they need root".into());
+    }
+    Tools::find().map(|_| ()).map_err(|error| format!("{error:#}"))
+}
+
+fn leave_out(reason: &str) {
+    assert!(
+        std::env::var("PLIMSOLL_REQUIRE_CLUSTER").is_err(),
+        "PLIMSOLL_REQUIRE_CLUSTER is set, but cluster tests cannot run: {reason}"
+    );
+    eprintln!("cluster tests are left out: {reason}");
+}
+
+fn start_node() -> Result<Node> {
+    hold_machine_lock()?;
+    remove_at_exit();
+    let tools = Tools::find()?;
+    Node::start(TEST_NODE, Lifetime::Owner, &[toolbox_image(&tools)?])
+}
+
+/// Two test runs on one machine take turns: the node's folder and control group have fixed names.
+fn hold_machine_lock() -> Result<()> {
+    static LOCK: OnceLock<File> = OnceLock::new();
+    let path = "/var/tmp/plimsoll/test.lock";
+    std::fs::create_dir_all("/var/tmp/plimsoll")?;
+    let file = File::options().create(true).append(true).open(path).context(path)?;
+    if file.try_lock().is_err() {
+        eprintln!("another run holds the test node; waiting for {path}");
+        file.lock().context(path)?;
+    }
+    if LOCK.set(file).is_err() {
+        bail!("the machine lock is taken once per process");
+    }
+    Ok(())
+}
+
+/// A static is never dropped: what the kernel does not clean up goes when the process exits.
+fn remove_at_exit() {
+    extern "C" fn remove() {
+        Node::destroy(TEST_NODE).ok();
+    }
+    // SAFETY: the function takes nothing, does not unwind and lives as long as the program.
+    unsafe { libc::atexit(remove) };
+}
