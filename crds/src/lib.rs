@@ -1,1 +1,49 @@
-//! placeholder
+//! `LLMDeployment`, the one object a person applies. Its Rust types enter, the CRD's YAML leaves ([`generated`]). What
+//! the API server can check stands here as schema and CEL rules; nothing here reads a cluster or decides anything.
+
+pub mod generated;
+pub mod reasons;
+mod schema;
+mod spec;
+mod status;
+
+pub use reasons::{ConditionType, Reason};
+pub use schema::Amount;
+pub use spec::{
+    AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment, LLMDeploymentSpec, Model,
+    Resources, Rollout, SecretKey, Storage, Workload,
+};
+pub use status::{
+    CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
+};
+
+/// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.
+pub const NAME_CHARACTERS_MAX: usize = 53;
+/// Most replicas one object may ask for.
+pub const REPLICAS_MAX: u32 = 1000;
+/// Rejected candidates kept in status.
+pub const REJECTED_MAX: usize = 8;
+/// Characters of any sentence in status; longer ones are cut by [`bounded`].
+pub const SENTENCE_CHARACTERS_MAX: usize = 1024;
+
+/// Cuts a sentence to what the schema of status takes, and shows that it was cut.
+pub fn bounded(sentence: &str) -> String {
+    if sentence.chars().count() <= SENTENCE_CHARACTERS_MAX {
+        return sentence.to_owned();
+    }
+    let kept: String = sentence.chars().take(SENTENCE_CHARACTERS_MAX - 1).collect();
+    kept + "…"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_sentence_is_cut_to_the_bound_of_the_schema() {
+        let cut = bounded(&"ü".repeat(5000));
+        assert_eq!(cut.chars().count(), SENTENCE_CHARACTERS_MAX);
+        assert!(cut.ends_with('…'));
+        assert_eq!(bounded("short"), "short");
+    }
+}

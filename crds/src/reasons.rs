@@ -1,0 +1,382 @@
+//! The words that conditions speak. Each reason has a meaning and a remedy; docs/status.md is generated from here, so
+//! that no word is ever shown that a person cannot look up.
+
+use plimsoll_contract::exit::ExitReason;
+
+/// Types of condition on an `LLMDeployment`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum ConditionType {
+    Ready,
+    Planned,
+    ModelReady,
+    Scheduled,
+    EngineLoaded,
+    Available,
+    Reconciling,
+    Stalled,
+}
+
+impl ConditionType {
+    pub const ALL: &[ConditionType] = &[
+        ConditionType::Ready,
+        ConditionType::Planned,
+        ConditionType::ModelReady,
+        ConditionType::Scheduled,
+        ConditionType::EngineLoaded,
+        ConditionType::Available,
+        ConditionType::Reconciling,
+        ConditionType::Stalled,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            ConditionType::Ready => "Ready",
+            ConditionType::Planned => "Planned",
+            ConditionType::ModelReady => "ModelReady",
+            ConditionType::Scheduled => "Scheduled",
+            ConditionType::EngineLoaded => "EngineLoaded",
+            ConditionType::Available => "Available",
+            ConditionType::Reconciling => "Reconciling",
+            ConditionType::Stalled => "Stalled",
+        }
+    }
+
+    /// What it says while true.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            ConditionType::Ready => {
+                "Pods of the current revision answer `/ready`, as many as asked for. The sum of the others."
+            }
+            ConditionType::Planned => "A plan was chosen; `status.plan` holds it.",
+            ConditionType::ModelReady => {
+                "The source was read, and its files lie where pods find them."
+            }
+            ConditionType::Scheduled => "Every pod of the current revision has a node.",
+            ConditionType::EngineLoaded => {
+                "The engines of the current revision have loaded the model."
+            }
+            ConditionType::Available => "At least one pod answers, of whatever revision.",
+            ConditionType::Reconciling => "Work is under way. Present only while it is.",
+            ConditionType::Stalled => {
+                "Nothing more will happen until a person acts. Present only while that is so."
+            }
+        }
+    }
+}
+
+/// Why a condition has its status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Reason {
+    Serving,
+    Accepted,
+    Inspecting,
+    Downloading,
+    ModelFound,
+    PlanChosen,
+    CreatingPods,
+    PodsScheduled,
+    EngineLoading,
+    EngineReady,
+    RollingOut,
+    ScaledToZero,
+    Suspended,
+    InvalidSpec,
+    SourceNotAllowed,
+    ClaimNotFound,
+    ChildRejected,
+    NoNodes,
+    Unschedulable,
+    ImagePullFailed,
+    EngineCrashLooping,
+    DoesNotFit,
+    OutOfDeviceMemory,
+    ModelNotFound,
+    ModelUnauthorized,
+    UnsupportedModel,
+    CorruptWeights,
+    DeviceLost,
+    Internal,
+}
+
+impl Reason {
+    pub const ALL: &[Reason] = &[
+        Reason::Serving,
+        Reason::Accepted,
+        Reason::Inspecting,
+        Reason::Downloading,
+        Reason::ModelFound,
+        Reason::PlanChosen,
+        Reason::CreatingPods,
+        Reason::PodsScheduled,
+        Reason::EngineLoading,
+        Reason::EngineReady,
+        Reason::RollingOut,
+        Reason::ScaledToZero,
+        Reason::Suspended,
+        Reason::InvalidSpec,
+        Reason::SourceNotAllowed,
+        Reason::ClaimNotFound,
+        Reason::ChildRejected,
+        Reason::NoNodes,
+        Reason::Unschedulable,
+        Reason::ImagePullFailed,
+        Reason::EngineCrashLooping,
+        Reason::DoesNotFit,
+        Reason::OutOfDeviceMemory,
+        Reason::ModelNotFound,
+        Reason::ModelUnauthorized,
+        Reason::UnsupportedModel,
+        Reason::CorruptWeights,
+        Reason::DeviceLost,
+        Reason::Internal,
+    ];
+
+    pub fn name(self) -> &'static str {
+        self.row().0
+    }
+
+    /// What happened.
+    pub fn meaning(self) -> &'static str {
+        self.row().1
+    }
+
+    /// What to do.
+    pub fn remedy(self) -> &'static str {
+        self.row().2
+    }
+
+    /// True where waiting cannot help: such a reason also stands in `Stalled`.
+    pub fn needs_a_person(self) -> bool {
+        match self {
+            Reason::InvalidSpec
+            | Reason::SourceNotAllowed
+            | Reason::ChildRejected
+            | Reason::DoesNotFit
+            | Reason::ModelNotFound
+            | Reason::ModelUnauthorized
+            | Reason::UnsupportedModel
+            | Reason::CorruptWeights => true,
+            Reason::Serving
+            | Reason::Accepted
+            | Reason::Inspecting
+            | Reason::Downloading
+            | Reason::ModelFound
+            | Reason::PlanChosen
+            | Reason::CreatingPods
+            | Reason::PodsScheduled
+            | Reason::EngineLoading
+            | Reason::EngineReady
+            | Reason::RollingOut
+            | Reason::ScaledToZero
+            | Reason::Suspended
+            | Reason::ClaimNotFound
+            | Reason::NoNodes
+            | Reason::Unschedulable
+            | Reason::ImagePullFailed
+            | Reason::EngineCrashLooping
+            | Reason::OutOfDeviceMemory
+            | Reason::DeviceLost
+            | Reason::Internal => false,
+        }
+    }
+
+    /// Name, meaning, remedy.
+    fn row(self) -> (&'static str, &'static str, &'static str) {
+        match self {
+            Reason::Serving => (
+                "Serving",
+                "Every replica of the current revision answers.",
+                "Nothing to do. `status.url` is the address.",
+            ),
+            Reason::Accepted => (
+                "Accepted",
+                "The object was seen and its spec is valid.",
+                "Wait; the next pass says more.",
+            ),
+            Reason::Inspecting => (
+                "Inspecting",
+                "A Job reads the model's configuration and the sizes of its tensors.",
+                "Wait. If it lasts, look at the Job: `kubectl get jobs -l plimsoll.dev/name=NAME`.",
+            ),
+            Reason::Downloading => (
+                "Downloading",
+                "A Job downloads the model into its volume.",
+                "Wait. If it lasts, check that the cluster reaches the hub and that the claim is bound.",
+            ),
+            Reason::ModelFound => (
+                "ModelFound",
+                "The model's facts are known; `status.model` shows them.",
+                "Nothing to do.",
+            ),
+            Reason::PlanChosen => (
+                "PlanChosen",
+                "A plan fits; `status.plan` shows it, why it was taken, and what was not.",
+                "Nothing to do.",
+            ),
+            Reason::CreatingPods => (
+                "CreatingPods",
+                "Pods of the current revision are missing or have not been looked at by the scheduler.",
+                "Wait. If it lasts, `kubectl describe deployment NAME` says what refuses them, for instance a quota.",
+            ),
+            Reason::PodsScheduled => {
+                ("PodsScheduled", "Every pod of the current revision has a node.", "Nothing to do.")
+            }
+            Reason::EngineLoading => (
+                "EngineLoading",
+                "Engines are reading weights; the pod's log shows how far.",
+                "Wait. Large models take minutes from slow volumes.",
+            ),
+            Reason::EngineReady => (
+                "EngineReady",
+                "The engines have loaded the model and answer `/ready`.",
+                "Nothing to do.",
+            ),
+            Reason::RollingOut => (
+                "RollingOut",
+                "Pods of an older revision are being replaced; they serve until the new ones are ready.",
+                "Wait.",
+            ),
+            Reason::ScaledToZero => (
+                "ScaledToZero",
+                "`spec.replicas` is 0, so no pod runs.",
+                "`kubectl scale llmd NAME --replicas=1`",
+            ),
+            Reason::Suspended => (
+                "Suspended",
+                "`spec.suspend` is true, so no pod runs.",
+                "Set `spec.suspend` to false.",
+            ),
+            Reason::InvalidSpec => (
+                "InvalidSpec",
+                "A field has a value that cannot work; the message names each one.",
+                "Change the fields that the message names.",
+            ),
+            Reason::SourceNotAllowed => (
+                "SourceNotAllowed",
+                "The source is `file://`, and this operator does not mount folders of nodes into pods.",
+                "Use `hf://` or `pvc://`, or ask whoever runs the operator for `--allow-host-path` (chart value `allowHostPath`).",
+            ),
+            Reason::ClaimNotFound => (
+                "ClaimNotFound",
+                "The PersistentVolumeClaim that `spec.model.source` names is not in this namespace.",
+                "Create the claim, or correct the name; the operator notices by itself.",
+            ),
+            Reason::ChildRejected => (
+                "ChildRejected",
+                "The API server refused an object made from this one, most often because of `spec.podTemplate`.",
+                "Correct what the message names.",
+            ),
+            Reason::NoNodes => (
+                "NoNodes",
+                "The cluster has no node that pods may run on.",
+                "Add a node, or uncordon one.",
+            ),
+            Reason::Unschedulable => (
+                "Unschedulable",
+                "No node has room for a pod at the moment; the message holds the scheduler's words.",
+                "Free capacity, add a node, or lower `spec.replicas` or `spec.resources`.",
+            ),
+            Reason::ImagePullFailed => (
+                "ImagePullFailed",
+                "A node cannot get the engine's image.",
+                "Check the image name and pull secrets (chart values `engine.image`, `imagePullSecrets`).",
+            ),
+            Reason::EngineCrashLooping => (
+                "EngineCrashLooping",
+                "The engine ended several times without saying why.",
+                "`kubectl logs --previous` of the pod; please report it.",
+            ),
+            Reason::DoesNotFit => (
+                "DoesNotFit",
+                "No plan fits into the memory there is; the message holds the sum.",
+                "Raise `spec.resources.memory` or use larger nodes, or lower `spec.contextTokens`, `spec.cache.tokens` or `spec.workload`.",
+            ),
+            Reason::OutOfDeviceMemory => (
+                "OutOfDeviceMemory",
+                "The machine refused memory that the plan had counted on.",
+                "Find what else uses the machine's memory, or lower `spec.cache.tokens`.",
+            ),
+            Reason::ModelNotFound => (
+                "ModelNotFound",
+                "The source names nothing that can be read.",
+                "Correct `spec.model.source`: organisation, name, revision, or the path in the claim.",
+            ),
+            Reason::ModelUnauthorized => (
+                "ModelUnauthorized",
+                "The source wants credentials that it was not given, or refuses those it got.",
+                "Put a token with access into a Secret and name it in `spec.model.credentials.secretRef`; accept the model's terms on its hub.",
+            ),
+            Reason::UnsupportedModel => (
+                "UnsupportedModel",
+                "The checkpoint is of a kind that the engine does not run; the message names it.",
+                "Choose a model of a supported family (Llama, Mistral, Qwen2, Qwen3), without quantization on disk.",
+            ),
+            Reason::CorruptWeights => (
+                "CorruptWeights",
+                "A file is truncated, malformed or contradicts the configuration; the message names file and tensor.",
+                "Download or copy the model again.",
+            ),
+            Reason::DeviceLost => (
+                "DeviceLost",
+                "The device stopped answering; the pod restarts by itself.",
+                "If it repeats, drain the node and check its hardware.",
+            ),
+            Reason::Internal => (
+                "Internal",
+                "A defect of ours; the pod restarts by itself.",
+                "Please report it with the message and the pod's log.",
+            ),
+        }
+    }
+}
+
+impl From<ExitReason> for Reason {
+    fn from(reason: ExitReason) -> Reason {
+        match reason {
+            ExitReason::DoesNotFit => Reason::DoesNotFit,
+            ExitReason::OutOfDeviceMemory => Reason::OutOfDeviceMemory,
+            ExitReason::ModelNotFound => Reason::ModelNotFound,
+            ExitReason::ModelUnauthorized => Reason::ModelUnauthorized,
+            ExitReason::UnsupportedModel => Reason::UnsupportedModel,
+            ExitReason::CorruptWeights => Reason::CorruptWeights,
+            ExitReason::DeviceLost => Reason::DeviceLost,
+            ExitReason::Internal => Reason::Internal,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_reason_is_one_camel_case_word_with_a_remedy() {
+        let names: BTreeSet<_> = Reason::ALL.iter().map(|reason| reason.name()).collect();
+        assert_eq!(names.len(), Reason::ALL.len());
+        for reason in Reason::ALL {
+            assert_eq!(format!("{reason:?}"), reason.name());
+            assert!(reason.meaning().ends_with('.'), "{reason:?}");
+            assert!(!reason.remedy().is_empty(), "{reason:?}");
+        }
+    }
+
+    #[test]
+    fn an_exit_reason_stalls_exactly_where_a_person_must_act() {
+        for exit in [
+            ExitReason::DoesNotFit,
+            ExitReason::OutOfDeviceMemory,
+            ExitReason::ModelNotFound,
+            ExitReason::ModelUnauthorized,
+            ExitReason::UnsupportedModel,
+            ExitReason::CorruptWeights,
+            ExitReason::DeviceLost,
+            ExitReason::Internal,
+        ] {
+            let reason = Reason::from(exit);
+            assert_eq!(reason.needs_a_person(), exit.needs_a_person(), "{exit:?}");
+            assert_eq!(reason.name(), format!("{exit:?}"));
+        }
+    }
+}

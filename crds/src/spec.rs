@@ -1,0 +1,286 @@
+//! What a person may write. Doc comments are what `kubectl explain` prints; rules name the field and the remedy. Every
+//! field here is read by the operator or by `plimsoll up`; none is ever written by us.
+
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::schema::{self, Amount};
+use crate::status::LLMDeploymentStatus;
+
+/// A language model to serve. Only `model.source` is required; what is absent is planned, and the plan with its
+/// arithmetic stands in `status.plan`. Plimsoll never writes to this part of the object.
+#[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[kube(
+    group = "plimsoll.dev",
+    version = "v1alpha1",
+    kind = "LLMDeployment",
+    plural = "llmdeployments",
+    singular = "llmdeployment",
+    shortname = "llmd",
+    category = "all",
+    category = "plimsoll",
+    namespaced,
+    status = "LLMDeploymentStatus",
+    derive = "PartialEq",
+    doc = "A language model, served: Plimsoll reads the model, plans quantization, KV cache and parallelism for the machines at hand, runs it, and says why.",
+    validation = Rule::new("self.metadata.name.size() <= 53 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')")
+        .message("metadata.name becomes the name of a Service: use at most 53 lower-case letters, digits and '-', starting with a letter"),
+    scale(
+        spec_replicas_path = ".spec.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(name = "READY", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status", description = "Whether pods of the current revision answer"),
+    printcolumn(name = "REASON", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", description = "Why it is, or is not, ready; docs/status.md holds the remedies"),
+    printcolumn(name = "MODEL", type_ = "string", json_path = ".spec.model.source", description = "Where the model comes from"),
+    printcolumn(name = "QUANT", type_ = "string", json_path = ".status.plan.quantization", description = "Quantization of the weights, as planned"),
+    printcolumn(name = "KV", type_ = "string", json_path = ".status.plan.cache.dtype", description = "Type of the KV cache, as planned"),
+    printcolumn(name = "TP", type_ = "integer", json_path = ".status.plan.tensorParallel", description = "Tensor-parallel degree, as planned"),
+    printcolumn(name = "REPLICAS", type_ = "integer", json_path = ".status.replicas", description = "Pods of the current revision"),
+    printcolumn(name = "URL", type_ = "string", json_path = ".status.url", priority = 1, description = "Where clients in the cluster reach it"),
+    printcolumn(name = "REVISION", type_ = "string", json_path = ".status.revision", priority = 1, description = "The ControllerRevision that children come from"),
+    printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.storage) || self.model.source.startsWith('hf://')")
+        .message("spec.storage holds downloads of hf:// sources only: remove it, a pvc:// or file:// source brings its own storage")
+        .field_path(".storage"),
+    validation = Rule::new("!has(self.model.credentials) || self.model.source.startsWith('hf://')")
+        .message("spec.model.credentials are sent to a model hub only: remove them, or use an hf:// source")
+        .field_path(".model.credentials"),
+    validation = Rule::new("!has(self.contextTokens) || !has(self.workload) || !has(self.workload.promptTokens) || !has(self.workload.outputTokens) || self.workload.promptTokens + self.workload.outputTokens <= self.contextTokens")
+        .message("spec.workload: promptTokens + outputTokens exceed spec.contextTokens, so such a request could never run: raise contextTokens or lower the workload")
+        .field_path(".workload"),
+    validation = Rule::new("!has(self.contextTokens) || !has(self.cache) || !has(self.cache.tokens) || self.contextTokens <= self.cache.tokens")
+        .message("spec.cache.tokens is below spec.contextTokens, so a request of full length could never run: raise cache.tokens or lower contextTokens")
+        .field_path(".cache.tokens")
+)]
+pub struct LLMDeploymentSpec {
+    /// Which model to serve, and under which name.
+    pub model: Model,
+
+    /// API keys that clients must present. Absent: the endpoint is open to whoever reaches the Service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auth: Option<Auth>,
+
+    /// The load the plan is made for. It sizes the KV cache; requests beyond it wait in the queue.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub workload: Option<Workload>,
+
+    /// Longest sequence, prompt and answer together, in tokens. Absent: what the model was trained for, as far as
+    /// memory allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 64, max = 16_777_216))]
+    pub context_tokens: Option<i64>,
+
+    /// The KV cache. Absent: chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache: Option<Cache>,
+
+    /// Pods that serve the model. `kubectl scale` and autoscalers write this field through the scale subresource.
+    #[serde(default = "one")]
+    #[schemars(range(min = 0, max = 1000))]
+    pub replicas: i32,
+
+    /// The volume that an hf:// model is downloaded into.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub storage: Option<Storage>,
+
+    /// What one pod may use. Absent: as much as the plan needs, on the largest node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resources: Option<Resources>,
+
+    /// How pods are replaced.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<Rollout>,
+
+    /// Stop serving and keep the object: no pods run while this is true.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspend: bool,
+
+    /// Merged over the pod template that Plimsoll renders: labels, annotations, tolerations, node selectors, extra
+    /// volumes. Checked by a dry run against the API server before it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "schema::any_object")]
+    pub pod_template: Option<Value>,
+}
+
+fn one() -> i32 {
+    1
+}
+
+/// Which model to serve.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Model {
+    /// Where the model lies: `hf://ORG/NAME`, with `@REVISION` for a branch, tag or commit; `pvc://CLAIM/PATH` for a
+    /// folder in a PersistentVolumeClaim of this namespace; `file:///PATH` for a folder of the machine, in
+    /// `plimsoll up`, or in a cluster whose operator allows it.
+    #[schemars(length(min = 1, max = 512))]
+    #[x_kube(
+        validation = Rule::new("self.startsWith('hf://') || self.startsWith('pvc://') || self.startsWith('file://')")
+            .message("spec.model.source must start with hf:// (model hub), pvc:// (a PersistentVolumeClaim) or file:// (a folder): for instance hf://Qwen/Qwen3-0.6B"),
+        validation = Rule::new("!self.startsWith('hf://') || self.matches('^hf://[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,127})?$')")
+            .message("spec.model.source: an hf:// source is hf://ORG/NAME or hf://ORG/NAME@REVISION, for instance hf://Qwen/Qwen3-0.6B@main"),
+        validation = Rule::new("!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(/[A-Za-z0-9._/-]*)?$')")
+            .message("spec.model.source: a pvc:// source is pvc://CLAIM or pvc://CLAIM/PATH, for instance pvc://models/llama-3.2-1b"),
+        validation = Rule::new("!self.startsWith('file://') || self.matches('^file:///[A-Za-z0-9._/ -]+$')")
+            .message("spec.model.source: a file:// source has an absolute path here, for instance file:///models/llama; a path relative to the manifest works in `plimsoll up` only"),
+        validation = Rule::new("!self.contains('..')")
+            .message("spec.model.source must not contain '..': name the folder directly")
+    )]
+    pub source: String,
+
+    /// The name that clients put into `model`. Absent: the object's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128))]
+    #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9][A-Za-z0-9._:/-]*$')")
+        .message("spec.model.name may hold letters, digits and . _ : / - and starts with a letter or digit"))]
+    pub name: Option<String>,
+
+    /// Credentials for the source, where it needs any. The operator never reads them: the download mounts them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
+}
+
+/// Credentials for a model source.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Credentials {
+    /// A Secret of this namespace that holds an access token of the hub. Key when absent: `token`.
+    pub secret_ref: SecretKey,
+}
+
+/// Who may ask.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Auth {
+    /// A Secret of this namespace with one API key per line. Key when absent: `keys`. Clients send
+    /// `Authorization: Bearer KEY`.
+    pub api_keys_secret_ref: SecretKey,
+}
+
+/// One entry of a Secret in the same namespace.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SecretKey {
+    /// Name of the Secret.
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$')")
+        .message("the name of a Secret holds lower-case letters, digits, '-' and '.'"))]
+    pub name: String,
+
+    /// Entry within the Secret.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    #[x_kube(validation = Rule::new("self.matches('^[-._a-zA-Z0-9]+$')")
+        .message("the key of a Secret holds letters, digits, '-', '_' and '.'"))]
+    pub key: Option<String>,
+}
+
+/// The load that the plan is made for. All of it is optional.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Workload {
+    /// Tokens of a typical prompt. Absent: what 2,048 tokens, or the context if it is shorter, leave beside the
+    /// answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
+    pub prompt_tokens: Option<i64>,
+
+    /// Tokens of a typical answer. Absent: what 2,048 tokens, or the context if it is shorter, leave beside the
+    /// prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
+    pub output_tokens: Option<i64>,
+
+    /// Requests that run at once in one pod. Absent: 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub concurrency: Option<i32>,
+}
+
+/// The KV cache. Absent fields are chosen by the planner.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Cache {
+    /// Type of keys and values: Auto, F32 or F16. Auto takes the most exact one whose plan carries the workload.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<CacheDtype>,
+
+    /// Tokens that the cache of one pod holds. Absent: what the workload needs, as far as memory allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 64, max = 1_000_000_000))]
+    pub tokens: Option<i64>,
+
+    /// Keep the cache of finished requests, so that a conversation's next round does not compute its past again.
+    /// Absent: true.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix_reuse: Option<bool>,
+}
+
+/// Type of keys and values in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CacheDtype {
+    Auto,
+    F32,
+    F16,
+}
+
+/// The volume that an hf:// model is downloaded into: one claim per namespace, source and revision.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Storage {
+    /// ReadWriteOnce (pods on one node share it) or ReadWriteMany (any node). Absent: ReadWriteOnce.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_mode: Option<AccessMode>,
+
+    /// Size of the claim, for instance 50Gi. Absent: 20Gi.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
+        .message("spec.storage.size must be a positive quantity, for instance 50Gi"))]
+    pub size: Option<Amount>,
+
+    /// StorageClass of the claim. Absent: the cluster's default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub storage_class_name: Option<String>,
+}
+
+/// Who may mount the claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum AccessMode {
+    ReadWriteOnce,
+    ReadWriteMany,
+}
+
+/// What one pod may use.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resources {
+    /// CPU of one pod, for instance 2 or 500m. Absent: a quarter of the largest node is requested, and no limit set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
+        .message("spec.resources.cpu must be a positive quantity, for instance 2 or 500m"))]
+    pub cpu: Option<Amount>,
+
+    /// Memory of one pod, for instance 4Gi. The plan must fit into it; the rest goes to no one. Absent: bounded by the
+    /// largest node alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
+        .message("spec.resources.memory must be a positive quantity, for instance 4Gi"))]
+    pub memory: Option<Amount>,
+}
+
+/// How pods are replaced.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rollout {
+    /// Seconds that running requests get to finish when a pod ends. Absent: 60.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub drain_seconds: Option<i32>,
+}

@@ -1,0 +1,183 @@
+//! What Plimsoll says about an object. Computed from observations, written only through the status subresource.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::KubeSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::schema;
+
+/// What Plimsoll found, planned and runs. Losing it loses nothing: it mirrors the object's ControllerRevision and pods.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LLMDeploymentStatus {
+    /// The generation of spec that this status speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+
+    /// Ready sums up the others. Every reason and its remedy is listed in docs/status.md.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(schema_with = "schema::conditions")]
+    pub conditions: Vec<Condition>,
+
+    /// Pods of the current revision.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub replicas: i32,
+
+    /// Pods of the current revision that answer /ready.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub ready_replicas: i32,
+
+    /// Label selector of the pods, as text; autoscalers read it through the scale subresource.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub selector: Option<String>,
+
+    /// Where clients in the cluster reach the model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub url: Option<String>,
+
+    /// Name of the ControllerRevision that children come from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub revision: Option<String>,
+
+    /// What the checkpoint is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelStatus>,
+
+    /// What was chosen, why, and what was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanStatus>,
+}
+
+/// What the checkpoint is.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelStatus {
+    /// Model family: llama, mistral, qwen2 or qwen3.
+    #[schemars(length(max = 64))]
+    pub family: String,
+
+    /// Number of parameters.
+    #[schemars(range(min = 0))]
+    pub parameters: i64,
+
+    /// The commit that is served, where the source has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 128))]
+    pub revision: Option<String>,
+
+    /// The longest sequence that the model was trained for, in tokens.
+    #[schemars(range(min = 0))]
+    pub context_tokens: i64,
+}
+
+/// What was chosen, why, and what was not.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanStatus {
+    /// Identifies the plan's values; two plans with the same hash run alike.
+    #[schemars(length(max = 64))]
+    pub hash: String,
+
+    /// Quantization of the weights.
+    #[schemars(length(max = 32))]
+    pub quantization: String,
+
+    /// Type that weights are kept and computed in.
+    #[schemars(length(max = 16))]
+    pub dtype: String,
+
+    /// The KV cache.
+    pub cache: CacheStatus,
+
+    /// Devices that share one copy of the weights.
+    #[schemars(range(min = 1))]
+    pub tensor_parallel: i32,
+
+    /// Class of machine that the plan is for.
+    #[schemars(length(max = 64))]
+    pub accelerator: String,
+
+    /// Longest sequence that will be served, in tokens.
+    #[schemars(range(min = 0))]
+    pub context_tokens: i64,
+
+    /// Requests that run at once in one pod; others wait.
+    #[schemars(range(min = 1))]
+    pub concurrency: i32,
+
+    /// The sum that must fit, in bytes.
+    pub memory_bytes: MemoryStatus,
+
+    /// One sentence: why this plan.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+
+    /// The best plans that were not taken, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 8))]
+    pub rejected: Vec<RejectedStatus>,
+}
+
+/// The KV cache of one pod.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct CacheStatus {
+    /// How the cache grows and shrinks.
+    #[schemars(length(max = 32))]
+    pub strategy: String,
+
+    /// Type of keys and values.
+    #[schemars(length(max = 16))]
+    pub dtype: String,
+
+    /// Tokens that fit.
+    #[schemars(range(min = 0))]
+    pub tokens: i64,
+}
+
+/// Memory of one pod, in bytes.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryStatus {
+    /// Weights, in the type they are kept in.
+    #[schemars(range(min = 0))]
+    pub weights: i64,
+
+    /// KV cache.
+    #[schemars(range(min = 0))]
+    pub kv: i64,
+
+    /// Activations of the largest step.
+    #[schemars(range(min = 0))]
+    pub workspace: i64,
+
+    /// The process itself: code, tokenizer, HTTP buffers.
+    #[schemars(range(min = 0))]
+    pub process: i64,
+
+    /// All of them.
+    #[schemars(range(min = 0))]
+    pub total: i64,
+
+    /// What there is: the largest node, or spec.resources.memory.
+    #[schemars(range(min = 0))]
+    pub capacity: i64,
+}
+
+/// A plan that was not taken.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RejectedStatus {
+    /// Its values, in short.
+    #[schemars(length(max = 128))]
+    pub candidate: String,
+
+    /// Why not, with the arithmetic.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+}
