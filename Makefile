@@ -4,20 +4,24 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plimsoll
+BIN := $(or $(CARGO_TARGET_DIR),target)/release
 CARGO := cargo
 # One profile for everything (docs/decisions/0001) and one selection of crates, so that each is compiled once.
 RELEASE := --release --workspace --locked
 
 .PHONY: help
-help: ## list every command
+help: ## List every command
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
+include tests/cluster.mk
+
 .PHONY: build
-build: ## compile both programs into target/release
+build: ## Compile both programs into target/release
 	$(CARGO) build $(RELEASE) --bins
 
 .PHONY: check
-check: ## formatting, lints as errors
+check: ## Formatting, and lints as errors
 	@for part in fmt clippy; do \
 		$(CARGO) $$part --version >/dev/null 2>&1 || rustup component add $${part/fmt/rustfmt} || \
 			{ echo "check: cargo $$part is missing and could not be added" >&2; exit 1; }; \
@@ -26,20 +30,42 @@ check: ## formatting, lints as errors
 	$(CARGO) clippy $(RELEASE) --all-targets -- -D warnings
 
 .PHONY: test
-test: cuda ## every test there is; installs what they need
+test: setup ## Every test there is; installs what they need (cluster tests need root, and say so without)
 	$(CARGO) build $(RELEASE) --all-targets
 	$(CARGO) test $(RELEASE) --no-fail-fast
 
+.PHONY: setup
+setup: cuda
+	@if [ "$$(id -u)" = 0 ]; then tests/setup.sh; else echo 'setup: not root, so nothing is installed for cluster tests'; fi
+
+.PHONY: generate
+generate: ## Write the files that come from the types: the CRD, its copy in the chart, the page of reasons
+	$(CARGO) run --release --locked -p plimsoll-crds --example generate
+
 .PHONY: cuda
-cuda: ## install nvcc from its wheels into the cache folder; the next build compiles the kernels
+cuda: ## Install nvcc from its wheels into the cache folder; the next build compiles the kernels
 	@sh kernels/fetch-nvcc.sh
 
 .PHONY: device
-device: cuda ## on a host with an NVIDIA card: kernels against the reference, then their speed
-	$(CARGO) test --release -p plimsoll-kernels --test device -- --nocapture
-	$(CARGO) run --release -p plimsoll-kernels --example bandwidth
+device: cuda ## On a host with an NVIDIA card: kernels against the reference, then their speed
+	$(CARGO) test --release --locked -p plimsoll-kernels --test device -- --nocapture
+	$(CARGO) run --release --locked -p plimsoll-kernels --example bandwidth
+
+# torch and transformers, which only goldens and comparisons need (5 GB).
+PEERS := torch==2.11.0 transformers==5.17.0 safetensors==0.8.0 numpy==2.4.6
+PEERS_PYTHON := $(CACHE)/venv-peers/bin/python
+
+$(CACHE)/venv-peers/installed:
+	python3 -m venv $(CACHE)/venv-peers
+	$(PEERS_PYTHON) -m pip install --quiet $(PEERS)
+	touch $@
+
+.PHONY: goldens
+goldens: $(CACHE)/venv-peers/installed ## Make the golden log-probabilities again, with transformers (5 GB of wheels)
+	$(PEERS_PYTHON) tests/goldens/make.py random
+	$(PEERS_PYTHON) tests/goldens/make.py bundled
 
 .PHONY: deny
-deny: ## licences, banned crates and advisories of all dependencies
+deny: ## Licences, banned crates and advisories of all dependencies
 	@command -v cargo-deny >/dev/null || { echo 'deny: run `cargo install --locked cargo-deny` first' >&2; exit 1; }
 	$(CARGO) deny --workspace check

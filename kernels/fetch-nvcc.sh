@@ -1,6 +1,6 @@
 #!/bin/sh
 # Installs the CUDA compiler that the kernels are built with, from its Python wheels, into
-# ${XDG_CACHE_HOME:-~/.cache}/plimsoll/cuda. Needs no root and no card. Safe to repeat; prints the folder.
+# ${XDG_CACHE_HOME:-~/.cache}/plimsoll/cuda. Needs no card. Safe to repeat; prints the folder.
 set -eu
 
 versions='nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88
@@ -16,16 +16,22 @@ if [ "$(cat "$folder/versions" 2>/dev/null)" = "$versions" ] && [ -x "$toolkit/b
     exit 0
 fi
 
-command -v g++ >/dev/null || {
-    echo 'nvcc needs a host compiler: install g++ (Debian: apt-get install g++)' >&2
-    exit 1
+# Root on Debian gets what is missing; everyone else is told.
+need() { # package, what for
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1" >/dev/null
+    else
+        echo "install $1 first: $2" >&2
+        exit 1
+    fi
 }
+command -v g++ >/dev/null || need g++ 'nvcc compiles host code with it'
+python3 -c 'import ensurepip, venv' 2>/dev/null || need python3-venv 'the wheels go into a virtual environment'
+
 mkdir -p "$folder"
 rm -rf "$folder/venv" "$folder/versions"
-python3 -m venv "$folder/venv" || {
-    echo 'python3 cannot make a virtual environment: install its venv module (Debian: apt-get install python3-venv)' >&2
-    exit 1
-}
+python3 -m venv "$folder/venv"
 # $versions is a list of words.
 # shellcheck disable=SC2086
 "$folder/venv/bin/python" -m pip install --quiet --no-compile $versions >&2
