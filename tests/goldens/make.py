@@ -291,10 +291,10 @@ def bundled_cases():
     folder.mkdir(exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    for name, text in prompts["completions"].items():
-        tokens = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for name, prompt in prompts["completions"].items():
+        tokens = torch.tensor(tokenizer(prompt["text"], add_special_tokens=prompt["add_special_tokens"])["input_ids"])
         _, value = golden(model, tokens)
-        write_golden(folder / f"{name}.json", {"text": text, **value})
+        write_golden(folder / f"{name}.json", {**prompt, **value})
         print(f"bundled/{name}: {len(tokens)} tokens")
     chats = []
     for chat in prompts["chats"]:
@@ -305,7 +305,9 @@ def bundled_cases():
             every = model.generate(torch.tensor([ids]), max_new_tokens=120, do_sample=False)[0, len(ids):]
         answer = tokenizer.decode(every, skip_special_tokens=True)
         chats.append({**chat, "text": text, "tokens": ids, "greedy_tokens": every.tolist(), "greedy_text": answer})
-    (folder / "chat.json").write_text(json.dumps(chats, indent=1) + "\n")
+        print(f"bundled/chat.json: {answer}")
+    lines = ",\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats)
+    (folder / "chat.json").write_text(f"[\n{lines}\n]\n")
 
 
 def main():
