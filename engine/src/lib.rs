@@ -2,8 +2,11 @@
 
 pub mod backend;
 pub mod batch;
+pub mod inspect;
 pub mod kv_cache;
+pub mod memory;
 pub mod metrics;
+pub mod model;
 pub mod request;
 pub mod scheduler;
 pub mod step;

@@ -1,6 +1,7 @@
 //! The one seam between the step loop and whatever computes: a whole step goes in, sampled tokens come out. Single ops
 //! are private to a backend. Two implementations stand behind it: the CPU one and, in tests, a scripted one.
 
+pub mod cpu;
 #[doc(hidden)]
 pub mod scripted;
 

@@ -1,0 +1,54 @@
+//! Why a model cannot be loaded. Every variant is one exit reason and says what was expected, what was found and what
+//! to do about it.
+
+use std::path::PathBuf;
+
+use plimsoll_contract::exit::{ExitReason, ExitReport};
+
+use crate::memory::DoesNotFit;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("no model at {source_name}: {problem}; {remedy}")]
+    ModelNotFound { source_name: String, problem: String, remedy: String },
+    #[error("{source_name} refused access: {problem}; {remedy}")]
+    ModelUnauthorized { source_name: String, problem: String, remedy: String },
+    /// A valid checkpoint of a kind that the engine does not run.
+    #[error("{file}: {field} is {found}, but {expected}; {remedy}")]
+    UnsupportedModel {
+        file: String,
+        field: String,
+        found: String,
+        expected: String,
+        remedy: String,
+    },
+    /// Truncated, malformed, or contradicting its own configuration.
+    #[error("{}{}: expected {expected}, found {found}; download the checkpoint again", file.display(), tensor_part(tensor))]
+    CorruptWeights { file: PathBuf, tensor: Option<String>, expected: String, found: String },
+    #[error(transparent)]
+    DoesNotFit(#[from] DoesNotFit),
+    #[error("the system refused {bytes} bytes for {purpose}: {source}")]
+    OutOfDeviceMemory { purpose: &'static str, bytes: u64, source: std::io::Error },
+}
+
+fn tensor_part(tensor: &Option<String>) -> String {
+    tensor.as_ref().map(|name| format!(", tensor {name}")).unwrap_or_default()
+}
+
+impl LoadError {
+    pub fn exit_reason(&self) -> ExitReason {
+        match self {
+            LoadError::ModelNotFound { .. } => ExitReason::ModelNotFound,
+            LoadError::ModelUnauthorized { .. } => ExitReason::ModelUnauthorized,
+            LoadError::UnsupportedModel { .. } => ExitReason::UnsupportedModel,
+            LoadError::CorruptWeights { .. } => ExitReason::CorruptWeights,
+            LoadError::DoesNotFit(_) => ExitReason::DoesNotFit,
+            LoadError::OutOfDeviceMemory { .. } => ExitReason::OutOfDeviceMemory,
+        }
+    }
+
+    /// What goes into the termination message.
+    pub fn report(&self) -> ExitReport {
+        ExitReport { reason: self.exit_reason(), message: self.to_string() }
+    }
+}

@@ -1,0 +1,173 @@
+//! What the engine's tests share: golden cases, a CPU backend from a directory, and runs of a sequence cut in every way
+//! a scheduler may cut it. Each test binary uses a part of it.
+#![allow(dead_code, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
+use plimsoll_engine::backend::Backend;
+use plimsoll_engine::backend::cpu::{CpuBackend, CpuOptions};
+use plimsoll_engine::batch::{
+    AdapterIndex, PageCopy, PageId, RowInput, SamplingParams, SequenceId, Slot, SlotStart, Span,
+    SpanOutput, Step, StepNumber, TokenId,
+};
+use plimsoll_engine::model::{Checkpoint, Shard};
+
+/// Mean |Δlogprob| that a right model stays below in f32.
+pub const GATE: f64 = 1e-3;
+
+/// The random checkpoints, one or more of each family.
+pub const CASES: [&str; 9] = [
+    "llama2-mha",
+    "llama3-rope",
+    "llama-linear",
+    "llama-yarn",
+    "mistral-window",
+    "qwen2-bias",
+    "qwen2-window",
+    "qwen3-qknorm",
+    "qwen3-yarn",
+];
+
+pub fn tests_dir() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests")
+}
+
+pub fn golden_dir(case: &str) -> PathBuf {
+    tests_dir().join("goldens").join(case)
+}
+
+/// Teacher-forced truth.
+pub struct Golden {
+    pub tokens: Vec<TokenId>,
+    /// `logprobs[i]` is that of `tokens[i + 1]`.
+    pub logprobs: Vec<f64>,
+    /// Position and the most likely tokens after it, best first.
+    pub top: Vec<(usize, Vec<(TokenId, f64)>)>,
+}
+
+impl Golden {
+    pub fn read(path: &Path) -> Golden {
+        let text = std::fs::read_to_string(path).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let list = |value: &serde_json::Value| value.as_array().unwrap().clone();
+        let token = |value: &serde_json::Value| value.as_u64().unwrap() as TokenId;
+        Golden {
+            tokens: list(&json["tokens"]).iter().map(token).collect(),
+            logprobs: list(&json["logprobs"]).iter().map(|p| p.as_f64().unwrap()).collect(),
+            top: list(&json["top"])
+                .iter()
+                .map(|entry| {
+                    let best = list(&entry[1]);
+                    let best = best.iter().map(|pair| (token(&pair[0]), pair[1].as_f64().unwrap()));
+                    (entry[0].as_u64().unwrap() as usize, best.collect())
+                })
+                .collect(),
+        }
+    }
+}
+
+pub fn mean_difference(got: &[f64], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len(), "as many log-probabilities as the golden has");
+    got.iter().zip(want).map(|(got, want)| (got - want).abs()).sum::<f64>() / got.len() as f64
+}
+
+pub fn backend(checkpoint: &Checkpoint, dtype: Dtype, pages: u32) -> CpuBackend {
+    let options = CpuOptions { dtype, kv_pages: vec![pages], running_max: 8, shard: Shard::WHOLE };
+    CpuBackend::load(checkpoint, options, &mut |_| ()).unwrap()
+}
+
+pub fn open(dir: &Path) -> Checkpoint {
+    Checkpoint::open(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+}
+
+/// Drives a backend by hand.
+pub struct Driver {
+    pub backend: CpuBackend,
+    steps: u64,
+}
+
+impl Driver {
+    pub fn new(backend: CpuBackend) -> Driver {
+        Driver { backend, steps: 0 }
+    }
+
+    pub fn step(&mut self, copies: Vec<PageCopy>, spans: Vec<Span>) -> Vec<SpanOutput> {
+        self.steps += 1;
+        let step = Step { number: StepNumber(self.steps), copies, spans };
+        let ticket = self.backend.submit(step).unwrap();
+        self.backend.collect(ticket).unwrap().spans
+    }
+}
+
+/// One sequence of known tokens; spans of it are cut freely.
+#[derive(Clone)]
+pub struct Sequence {
+    pub id: u64,
+    pub slot: u32,
+    pub tokens: Arc<[TokenId]>,
+    pub table: Arc<[PageId]>,
+    pub sampling: Arc<SamplingParams>,
+}
+
+impl Sequence {
+    /// Pages `first_page ..`, in falling order, so that a table read wrongly shows.
+    pub fn new(slot: u32, tokens: &[TokenId], first_page: u32) -> Sequence {
+        let pages = (tokens.len() as u32 + 1).div_ceil(PAGE_TOKENS);
+        Sequence {
+            id: u64::from(slot) + 1,
+            slot,
+            tokens: tokens.into(),
+            table: (first_page..first_page + pages).rev().map(PageId).collect(),
+            sampling: Arc::new(SamplingParams {
+                prompt_logprobs: Some(5),
+                ..SamplingParams::default()
+            }),
+        }
+    }
+
+    pub fn start(&self) -> SlotStart {
+        SlotStart {
+            tokens: self.tokens.clone(),
+            prompt_tokens: self.tokens.len(),
+            sampling: self.sampling.clone(),
+        }
+    }
+
+    /// Rows `range` of the sequence, reporting the prompt's log-probabilities.
+    pub fn span(&self, range: std::ops::Range<usize>, start: bool) -> Span {
+        Span {
+            sequence: SequenceId(self.id),
+            slot: Slot(self.slot),
+            start: start.then(|| self.start()),
+            position: range.start as u32,
+            inputs: self.tokens[range].iter().map(|&token| RowInput::Token(token)).collect(),
+            tables: vec![self.table.clone()],
+            adapter: AdapterIndex::BASE,
+            sample: false,
+            prompt_logprobs: true,
+        }
+    }
+}
+
+/// Log-probabilities of a whole sequence computed in one step.
+pub fn plain(driver: &mut Driver, sequence: &Sequence) -> Vec<f64> {
+    let span = sequence.span(0..sequence.tokens.len(), true);
+    logprobs(&driver.step(Vec::new(), vec![span])[0])
+}
+
+pub fn logprobs(output: &SpanOutput) -> Vec<f64> {
+    output.prompt_logprobs.iter().map(|p| f64::from(p.logprob)).collect()
+}
+
+/// Numbers that look random and are the same every time.
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn below(&mut self, n: usize) -> usize {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as usize % n
+    }
+}
