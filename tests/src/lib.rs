@@ -4,3 +4,6 @@
 //! loopback and the namespaces it makes itself.
 
 pub mod cluster;
+pub mod http;
+pub mod hub;
+pub mod load;

@@ -1,0 +1,165 @@
+//! A model hub on the node's network, with the HTTP interface that hub clients speak.
+//!
+//! In: one repository's name, its commit and a folder of files. Out: revision lookups and files with
+//! lengths, ranges, tags and commit headers. Never a second repository, and never anything outside
+//! the folder.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, mpsc};
+
+use anyhow::{Context, Result};
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::{Json, Router};
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+/// One repository.
+pub struct Repository {
+    /// `ORG/NAME`.
+    pub name: String,
+    /// The commit that `main` stands for.
+    pub commit: String,
+    /// If set, every request must carry it as a bearer token.
+    pub token: Option<String>,
+    files: BTreeMap<String, Vec<u8>>,
+    requests: Mutex<Vec<String>>,
+}
+
+impl Repository {
+    /// Holds the files of a folder, not of its subfolders.
+    pub fn of_folder(name: &str, commit: &str, folder: &Path) -> Result<Repository> {
+        let mut files = BTreeMap::new();
+        for entry in std::fs::read_dir(folder).with_context(|| format!("{}", folder.display()))? {
+            let entry = entry?;
+            if entry.file_type()?.is_file() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                files.insert(name, std::fs::read(entry.path())?);
+            }
+        }
+        let (name, commit) = (name.into(), commit.into());
+        Ok(Repository { name, commit, token: None, files, requests: Mutex::default() })
+    }
+
+    /// `METHOD path` of every request so far.
+    pub fn requests(&self) -> Vec<String> {
+        self.requests.lock().expect("no one panics while noting").clone()
+    }
+}
+
+/// Serves the repository at `address`, in the network of the calling thread, for as long as the
+/// process lives.
+pub fn serve(repository: Arc<Repository>, address: SocketAddr) -> Result<()> {
+    // The listener is made here, because threads of a runtime would make it in another network.
+    let listener = std::net::TcpListener::bind(address).context("the hub's address")?;
+    listener.set_nonblocking(true)?;
+    let (started, is_started) = mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.expect("a runtime of one thread can be built");
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener)
+                .expect("the listener is bound and does not block");
+            started.send(()).ok();
+            let router = Router::new().fallback(answer).with_state(repository);
+            axum::serve(listener, router).await
+        })
+    });
+    is_started.recv().context("the hub did not start")
+}
+
+async fn answer(
+    State(repository): State<Arc<Repository>>,
+    method: Method,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Response {
+    let path = uri.path();
+    repository
+        .requests
+        .lock()
+        .expect("no one panics while noting")
+        .push(format!("{method} {path}"));
+    if let Some(token) = &repository.token {
+        let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        if sent != Some(&format!("Bearer {token}")) {
+            return (StatusCode::UNAUTHORIZED, Json(json!({"error": "Access denied"})))
+                .into_response();
+        }
+    }
+    let Repository { name, commit, .. } = &*repository;
+    let known = |revision: &str| revision == "main" || revision == commit;
+    if let Some(rest) = path.strip_prefix(&format!("/api/models/{name}")) {
+        let revision = rest.strip_prefix("/revision/").unwrap_or("main");
+        return if known(revision) { listing(&repository) } else { missing("RevisionNotFound") };
+    }
+    let Some(rest) = path.strip_prefix(&format!("/{name}/resolve/")) else {
+        return missing("RepoNotFound");
+    };
+    match rest.split_once('/') {
+        Some((revision, file)) if known(revision) => match repository.files.get(file) {
+            Some(bytes) => send(commit, bytes, &headers),
+            None => missing("EntryNotFound"),
+        },
+        _ => missing("RevisionNotFound"),
+    }
+}
+
+fn missing(code: &str) -> Response {
+    (StatusCode::NOT_FOUND, [("x-error-code", code)], Json(json!({"error": code}))).into_response()
+}
+
+fn listing(repository: &Repository) -> Response {
+    let siblings: Vec<_> = repository.files.keys().map(|file| json!({"rfilename": file})).collect();
+    let Repository { name, commit, .. } = repository;
+    Json(json!({"id": name, "modelId": name, "sha": commit, "siblings": siblings})).into_response()
+}
+
+/// A file or the asked range of it; hyper leaves the body out where the method is HEAD.
+fn send(commit: &str, bytes: &[u8], headers: &HeaderMap) -> Response {
+    let digest = Sha256::digest(bytes);
+    let tag: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    let range = headers.get(header::RANGE).and_then(|value| value.to_str().ok());
+    let response = Response::builder()
+        .header("x-repo-commit", commit)
+        .header(header::ETAG, format!("\"{tag}\""))
+        .header(header::ACCEPT_RANGES, "bytes");
+    let built = match range.and_then(|range| wanted(range, bytes.len())) {
+        Some((first, last)) => response
+            .status(StatusCode::PARTIAL_CONTENT)
+            .header(header::CONTENT_RANGE, format!("bytes {first}-{last}/{}", bytes.len()))
+            .header(header::CONTENT_LENGTH, last - first + 1)
+            .body(Body::from(bytes[first..=last].to_vec())),
+        None => {
+            response.header(header::CONTENT_LENGTH, bytes.len()).body(Body::from(bytes.to_vec()))
+        }
+    };
+    built.expect("every header is valid")
+}
+
+/// First and last byte of `bytes=A-B` or `bytes=A-`; `None` means the whole file.
+fn wanted(range: &str, length: usize) -> Option<(usize, usize)> {
+    let (first, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+    let first: usize = first.parse().ok()?;
+    let last = if last.is_empty() { length } else { last.parse::<usize>().ok()? + 1 };
+    let last = last.min(length);
+    (first < last).then(|| (first, last - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_are_inclusive_and_end_with_the_file() {
+        assert_eq!(wanted("bytes=0-0", 10), Some((0, 0)));
+        assert_eq!(wanted("bytes=4-", 10), Some((4, 9)));
+        assert_eq!(wanted("bytes=4-99", 10), Some((4, 9)));
+        assert_eq!(wanted("bytes=10-", 10), None);
+        assert_eq!(wanted("lines=1-2", 10), None);
+    }
+}

@@ -1,0 +1,88 @@
+//! Constant load from pooled keep-alive clients, counting every request that is lost.
+//!
+//! In: how to connect, and a request. Out: how many were answered, and each failure in words. Never
+//! retries: a client that was told `Connection: close` opens another connection, as pools do.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use anyhow::{Result, bail};
+use serde_json::Value;
+
+use crate::http::Connection;
+
+/// What became of the requests.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    pub answered: u64,
+    /// Connections that the server asked to leave.
+    pub closed: u64,
+    /// Every request that brought no whole answer, or none of status 200.
+    pub lost: Vec<String>,
+}
+
+/// Runs `clients` clients that post `body` to `path` one after the other, until `story` returns.
+pub fn under_load<T>(
+    clients: usize,
+    connect: &(dyn Fn() -> Result<Connection> + Sync),
+    path: &str,
+    body: &Value,
+    story: impl FnOnce() -> T,
+) -> (Outcome, T) {
+    let (answered, closed) = (AtomicU64::new(0), AtomicU64::new(0));
+    let lost = Mutex::new(Vec::new());
+    let over = AtomicBool::new(false);
+    let told = std::thread::scope(|scope| {
+        for _ in 0..clients {
+            scope.spawn(|| {
+                let mut pooled = None;
+                while !over.load(Ordering::Relaxed) {
+                    match once(&mut pooled, connect, path, body) {
+                        Ok(true) => answered.fetch_add(1, Ordering::Relaxed),
+                        Ok(false) => {
+                            closed.fetch_add(1, Ordering::Relaxed);
+                            answered.fetch_add(1, Ordering::Relaxed)
+                        }
+                        Err(error) => {
+                            lost.lock().expect("no one panics here").push(format!("{error:#}"));
+                            pooled = None;
+                            0
+                        }
+                    };
+                }
+            });
+        }
+        // The clients must end even when the story panics.
+        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(story));
+        over.store(true, Ordering::Relaxed);
+        told
+    });
+    let lost = lost.into_inner().expect("no one panics here");
+    let outcome = Outcome { answered: answered.into_inner(), closed: closed.into_inner(), lost };
+    match told {
+        Ok(told) => (outcome, told),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// One request over the pooled connection; whether it stays in the pool.
+fn once(
+    pooled: &mut Option<Connection>,
+    connect: &(dyn Fn() -> Result<Connection> + Sync),
+    path: &str,
+    body: &Value,
+) -> Result<bool> {
+    let mut connection = match pooled.take() {
+        Some(connection) => connection,
+        None => connect()?,
+    };
+    let answer = connection.post(path, body)?;
+    if answer.status != 200 {
+        bail!("status {}: {}", answer.status, answer.text());
+    }
+    let stays = connection.is_open();
+    if stays {
+        *pooled = Some(connection);
+    }
+    Ok(stays)
+}
