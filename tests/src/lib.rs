@@ -6,4 +6,6 @@
 pub mod cluster;
 pub mod http;
 pub mod hub;
+pub mod install;
 pub mod load;
+pub mod stage;

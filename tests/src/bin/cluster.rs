@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use plimsoll_tests::cluster::{Lifetime, Node, Tools, toolbox_image};
+use plimsoll_tests::install;
 
 const NAME: &str = "play";
 
@@ -26,7 +27,10 @@ fn up() -> Result<()> {
         let tools = Tools::find()?;
         let node = Node::start(NAME, Lifetime::Detached, &[toolbox_image(&tools)?])?;
         eprintln!("the node is Ready after {:.1} s", began.elapsed().as_secs_f32());
+        let installed = install::install(&node, &[]);
+        // A node is of use without the chart too: to see why it did not come up.
         node.leave();
+        installed?;
     }
     env()
 }

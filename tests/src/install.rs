@@ -1,0 +1,74 @@
+//! Plimsoll on a node, as a user installs it: images and the Helm chart.
+//!
+//! In: the programs in this build's folder and the chart. Out: the operator, Available, in a
+//! namespace that enforces the restricted pod security level. Never compiles anything.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cluster::{Image, Node};
+
+/// The operator's own namespace.
+pub const NAMESPACE: &str = "plimsoll-system";
+const RELEASE: &str = "plimsoll";
+const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// The root of the clone.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the clone")
+}
+
+/// Operator and engine as images, from the programs that were built beside this one.
+pub fn images() -> Result<[Image; 2]> {
+    let image = |name: &str, program: &str| {
+        let destination = format!("/usr/bin/{program}");
+        let image = Image::named(&format!("docker.io/plimsoll/{name}:dev"))
+            .program(&built(program)?, &destination)?
+            .file(Path::new(CERTIFICATES), CERTIFICATES, 0o644)
+            .entrypoint(&[&destination]);
+        anyhow::Ok(image)
+    };
+    Ok([image("operator", "plimsoll")?, image("engine", "plimsoll-engine")?])
+}
+
+/// Imports the images and installs the chart with `settings` (Helm's `key=value`); returns when the
+/// operator is Available.
+pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
+    for image in images()? {
+        node.import(&image)?;
+    }
+    restricted_namespace(node, NAMESPACE)?;
+    let chart = root().join("charts/plimsoll").display().to_string();
+    let mut words = vec!["install", RELEASE, &chart, "--namespace", NAMESPACE];
+    words.extend(["--wait", "--timeout", "90s"]);
+    words.extend(["--set", "operator.image.tag=dev", "--set", "engine.image.tag=dev"]);
+    for setting in settings {
+        words.extend(["--set", setting]);
+    }
+    node.helm(&words).with_context(|| {
+        // Helm says that it waited in vain; why stands in the pods.
+        let words = ["--namespace", NAMESPACE, "describe", "pods"];
+        node.kubectl().run(&words).unwrap_or_default()
+    })?;
+    Ok(())
+}
+
+/// Makes a namespace that enforces the restricted pod security level.
+pub fn restricted_namespace(node: &Node, name: &str) -> Result<()> {
+    node.kubectl().apply(&format!(
+        "{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}, labels: \
+         {{pod-security.kubernetes.io/enforce: restricted}}}}}}"
+    ))?;
+    Ok(())
+}
+
+/// A program beside this one, or one folder up where tests lie.
+fn built(program: &str) -> Result<PathBuf> {
+    let here = std::env::current_exe()?;
+    let found = here.ancestors().skip(1).take(2).map(|folder| folder.join(program));
+    match found.into_iter().find(|path| path.exists()) {
+        Some(path) => Ok(path),
+        None => bail!("{program} is not built; run `make build` first"),
+    }
+}
