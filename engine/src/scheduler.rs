@@ -298,3 +298,6 @@ impl Scheduler {
         self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -103,6 +103,8 @@ impl StepLoop {
     /// Obeys what has come in, after waiting for it if there is nothing else to do. False: nobody can command any more.
     fn take_commands(&mut self) -> bool {
         if self.scheduler.is_idle() {
+            let books = self.scheduler.check_integrity();
+            assert!(books.is_ok(), "pages or slots were lost: {books:?}");
             self.shared.rest();
             match self.commands.recv() {
                 Ok(command) => self.obey(command),

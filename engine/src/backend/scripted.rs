@@ -247,3 +247,6 @@ fn mix(hash: u64, value: u64) -> u64 {
     z ^= z >> 32;
     z | 1 << 63
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,13 +1,131 @@
+//! The text that `/metrics` shows.
+
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::*;
 
-#[test]
-fn every_family_has_exactly_one_series_under_each_name() {
+/// Type of each family, and its series without their values.
+fn families(text: &str) -> BTreeMap<String, (String, Vec<String>)> {
+    let mut families = BTreeMap::new();
+    for line in text.lines().filter(|line| line.starts_with("# TYPE ")) {
+        let mut words = line.split(' ').skip(2).map(str::to_owned);
+        let (name, kind) = (words.next().expect("a name"), words.next().expect("a type"));
+        assert!(families.insert(name, (kind, Vec::new())).is_none(), "twice: {line}");
+    }
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let series = line.rsplit_once(' ').expect("a value").0;
+        let name = series.split('{').next().expect("a name");
+        let stems = ["", "_bucket", "_sum", "_count"];
+        let stem = stems.iter().find_map(|end| families.get_key_value(name.strip_suffix(end)?));
+        let stem = stem.expect("a family").0.clone();
+        families.get_mut(&stem).expect("found just now").1.push(series.to_owned());
+    }
+    families
+}
+
+fn all() -> Arc<Metrics> {
     let metrics = Metrics::new("m", 1024);
     metrics.kv_cache_is(7);
+    metrics.refused(&Refusal::ShuttingDown);
+    metrics
+}
+
+#[test]
+fn the_aliases_have_the_types_that_dashboards_expect() {
+    let families = families(&all().render());
+    let kind = |name: &str| families.get(name).map(|family| family.0.as_str());
+    for (name, expected) in [
+        ("vllm:num_requests_running", "gauge"),
+        ("vllm:num_requests_waiting", "gauge"),
+        ("vllm:kv_cache_usage_perc", "gauge"),
+        ("vllm:cache_config_info", "gauge"),
+        ("vllm:prefix_cache_queries_total", "counter"),
+        ("vllm:prefix_cache_hits_total", "counter"),
+        ("vllm:num_preemptions_total", "counter"),
+        ("vllm:prompt_tokens_total", "counter"),
+        ("vllm:prompt_tokens_cached_total", "counter"),
+        ("vllm:generation_tokens_total", "counter"),
+        ("vllm:request_success_total", "counter"),
+        ("vllm:admission_rejections_total", "counter"),
+        ("vllm:time_to_first_token_seconds", "histogram"),
+        ("vllm:inter_token_latency_seconds", "histogram"),
+        ("vllm:request_time_per_output_token_seconds", "histogram"),
+        ("vllm:e2e_request_latency_seconds", "histogram"),
+        ("vllm:request_queue_time_seconds", "histogram"),
+        ("vllm:request_prefill_time_seconds", "histogram"),
+        ("vllm:request_decode_time_seconds", "histogram"),
+        ("vllm:request_inference_time_seconds", "histogram"),
+        ("vllm:request_prompt_tokens", "histogram"),
+        ("vllm:request_generation_tokens", "histogram"),
+        ("vllm:request_params_n", "histogram"),
+        ("vllm:request_params_max_tokens", "histogram"),
+        ("vllm:iteration_tokens_total", "histogram"),
+    ] {
+        assert_eq!(kind(name), Some(expected), "{name}");
+    }
+    let aliases = families.keys().filter(|name| name.starts_with("vllm:")).count();
+    assert_eq!(aliases, 25, "an alias that this test does not know");
+}
+
+#[test]
+fn each_series_appears_once_and_carries_model_and_engine() {
+    let text = all().render();
+    let mut seen = BTreeSet::new();
+    for series in families(&text).values().flat_map(|family| &family.1) {
+        assert!(seen.insert(series.clone()), "twice: {series}");
+        assert!(series.contains(r#"model_name="m""#), "{series}");
+        assert!(series.contains(r#"engine="0""#), "{series}");
+    }
+    let info =
+        r#"vllm:cache_config_info{block_size="64",engine="0",model_name="m",num_gpu_blocks="7"} 1"#;
+    assert!(text.lines().any(|line| line == info));
+}
+
+#[test]
+fn every_reason_to_finish_is_there_before_anybody_has() {
+    let text = all().render();
+    for reason in ["stop", "length", "abort", "error"] {
+        let label = format!(r#"finished_reason="{reason}""#);
+        let series = text.lines().filter(|line| line.contains(&label) && line.ends_with(" 0"));
+        assert_eq!(series.count(), 2, "{reason}");
+    }
+}
+
+#[test]
+fn bucket_bounds_are_those_that_dashboards_know() {
+    let text = all().render();
+    let bounds = |name: &str| -> Vec<String> {
+        let start = format!("{name}_bucket{{");
+        let lines = text.lines().filter(|line| line.starts_with(&start));
+        let bound = |line: &str| line.split(r#"le=""#).nth(1)?.split('"').next().map(str::to_owned);
+        lines.filter_map(bound).collect()
+    };
+    let first_token = bounds("vllm:time_to_first_token_seconds");
+    assert_eq!(first_token.len(), 23);
+    assert_eq!(first_token[..3], ["0.001", "0.005", "0.01"]);
+    assert_eq!(first_token[20..], ["640", "2560", "+Inf"]);
+    assert_eq!(bounds("vllm:inter_token_latency_seconds").len(), 20);
+    let tokens = bounds("vllm:request_prompt_tokens");
+    assert_eq!(tokens, ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1000", "+Inf"]);
+}
+
+#[test]
+fn what_start_up_cost_is_shown_as_gauges() {
+    let metrics = all();
+    metrics.started(Startup {
+        seconds: 1.5,
+        weights_load_seconds: 0.5,
+        weights_bytes: 12,
+        kv_cache_bytes: 34,
+    });
     let text = metrics.render();
-    let running = text.lines().filter(|line| line.starts_with("vllm:num_requests_running{"));
-    assert_eq!(
-        running.collect::<Vec<_>>(),
-        [r#"vllm:num_requests_running{engine="0",model_name="m"} 0"#]
-    );
+    for (name, value) in [
+        ("plimsoll_startup_seconds", "1.5"),
+        ("plimsoll_weights_load_seconds", "0.5"),
+        ("plimsoll_weights_bytes", "12"),
+        ("plimsoll_kv_cache_bytes", "34"),
+    ] {
+        let line = format!(r#"{name}{{engine="0",model_name="m"}} {value}"#);
+        assert!(text.lines().any(|found| found == line), "{line}");
+    }
 }

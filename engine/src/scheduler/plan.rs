@@ -90,7 +90,8 @@ impl Scheduler {
 
     fn preempt_youngest(&mut self) {
         let mut sequence = self.running.pop().expect("a younger one than the caller's exists");
-        sequence.rewind();
+        assert_eq!(sequence.in_flight, 0, "a step in flight would still write its pages");
+        sequence.begins = true;
         self.kv.release(std::mem::take(&mut sequence.table));
         self.slots_free.push(sequence.slot);
         self.waiting.insert(sequence.id, sequence);

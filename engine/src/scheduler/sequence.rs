@@ -70,14 +70,4 @@ impl Sequence {
     pub fn rows_left(&self) -> u32 {
         if self.sampled == self.output_max { 0 } else { self.length() - self.computed }
     }
-
-    /// Back to the state before admission, with the output so far as part of what is to be computed.
-    pub fn rewind(&mut self) {
-        assert_eq!(self.in_flight, 0, "a step in flight would still write its pages");
-        self.computed = 0;
-        self.committed = 0;
-        self.published = 0;
-        self.begins = true;
-        self.prompt_logprobs = false;
-    }
 }
