@@ -1,8 +1,7 @@
 //! A model hub on the node's network, with the HTTP interface that hub clients speak.
 //!
-//! In: one repository's name, its commit and a folder of files. Out: revision lookups and files with
-//! lengths, ranges, tags and commit headers. Never a second repository, and never anything outside
-//! the folder.
+//! In: repositories, each a name, a commit and a folder of files. Out: revision lookups and files with
+//! lengths, ranges, tags and commit headers. Never anything outside the folders.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -27,6 +26,11 @@ pub struct Repository {
     /// If set, every request must carry it as a bearer token.
     pub token: Option<String>,
     files: BTreeMap<String, Vec<u8>>,
+}
+
+/// All repositories, and what was asked of them.
+pub struct Hub {
+    repositories: Vec<Repository>,
     requests: Mutex<Vec<String>>,
 }
 
@@ -42,7 +46,13 @@ impl Repository {
             }
         }
         let (name, commit) = (name.into(), commit.into());
-        Ok(Repository { name, commit, token: None, files, requests: Mutex::default() })
+        Ok(Repository { name, commit, token: None, files })
+    }
+}
+
+impl Hub {
+    pub fn of(repositories: Vec<Repository>) -> Hub {
+        Hub { repositories, requests: Mutex::default() }
     }
 
     /// `METHOD path` of every request so far.
@@ -51,9 +61,9 @@ impl Repository {
     }
 }
 
-/// Serves the repository at `address`, in the network of the calling thread, for as long as the
+/// Serves the repositories at `address`, in the network of the calling thread, for as long as the
 /// process lives.
-pub fn serve(repository: Arc<Repository>, address: SocketAddr) -> Result<()> {
+pub fn serve(hub: Arc<Hub>, address: SocketAddr) -> Result<()> {
     // The listener is made here, because threads of a runtime would make it in another network.
     let listener = std::net::TcpListener::bind(address).context("the hub's address")?;
     listener.set_nonblocking(true)?;
@@ -65,7 +75,7 @@ pub fn serve(repository: Arc<Repository>, address: SocketAddr) -> Result<()> {
             let listener = tokio::net::TcpListener::from_std(listener)
                 .expect("the listener is bound and does not block");
             started.send(()).ok();
-            let router = Router::new().fallback(answer).with_state(repository);
+            let router = Router::new().fallback(answer).with_state(hub);
             axum::serve(listener, router).await
         })
     });
@@ -73,50 +83,64 @@ pub fn serve(repository: Arc<Repository>, address: SocketAddr) -> Result<()> {
 }
 
 async fn answer(
-    State(repository): State<Arc<Repository>>,
+    State(hub): State<Arc<Hub>>,
     method: Method,
     uri: Uri,
     headers: HeaderMap,
 ) -> Response {
     let path = uri.path();
-    repository
-        .requests
-        .lock()
-        .expect("no one panics while noting")
-        .push(format!("{method} {path}"));
-    if let Some(token) = &repository.token {
-        let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-        if sent != Some(&format!("Bearer {token}")) {
-            return (StatusCode::UNAUTHORIZED, Json(json!({"error": "Access denied"})))
+    hub.requests.lock().expect("no one panics while noting").push(format!("{method} {path}"));
+    for repository in &hub.repositories {
+        let Repository { name, token, .. } = repository;
+        let about = path.strip_prefix(&format!("/api/models/{name}"));
+        let file = path.strip_prefix(&format!("/{name}/resolve/"));
+        if about.is_none() && file.is_none() {
+            continue;
+        }
+        if token.as_ref().is_some_and(|token| !carries(&headers, token)) {
+            let body = Json(json!({"error": "Access to this model is restricted"}));
+            return (StatusCode::UNAUTHORIZED, [("x-error-code", "GatedRepo")], body)
                 .into_response();
         }
+        return match (about, file) {
+            (Some(rest), _) => {
+                listing(repository, rest.strip_prefix("/revision/").unwrap_or("main"))
+            }
+            (None, rest) => resolve(repository, rest.unwrap_or_default(), &headers),
+        };
     }
-    let Repository { name, commit, .. } = &*repository;
-    let known = |revision: &str| revision == "main" || revision == commit;
-    if let Some(rest) = path.strip_prefix(&format!("/api/models/{name}")) {
-        let revision = rest.strip_prefix("/revision/").unwrap_or("main");
-        return if known(revision) { listing(&repository) } else { missing("RevisionNotFound") };
-    }
-    let Some(rest) = path.strip_prefix(&format!("/{name}/resolve/")) else {
-        return missing("RepoNotFound");
-    };
-    match rest.split_once('/') {
-        Some((revision, file)) if known(revision) => match repository.files.get(file) {
-            Some(bytes) => send(commit, bytes, &headers),
-            None => missing("EntryNotFound"),
-        },
-        _ => missing("RevisionNotFound"),
-    }
+    missing("RepoNotFound")
+}
+
+fn carries(headers: &HeaderMap, token: &str) -> bool {
+    let sent = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    sent == Some(&format!("Bearer {token}"))
 }
 
 fn missing(code: &str) -> Response {
     (StatusCode::NOT_FOUND, [("x-error-code", code)], Json(json!({"error": code}))).into_response()
 }
 
-fn listing(repository: &Repository) -> Response {
-    let siblings: Vec<_> = repository.files.keys().map(|file| json!({"rfilename": file})).collect();
-    let Repository { name, commit, .. } = repository;
+fn listing(repository: &Repository, revision: &str) -> Response {
+    let Repository { name, commit, files, .. } = repository;
+    if revision != "main" && revision != commit {
+        return missing("RevisionNotFound");
+    }
+    let siblings: Vec<_> = files.keys().map(|file| json!({"rfilename": file})).collect();
     Json(json!({"id": name, "modelId": name, "sha": commit, "siblings": siblings})).into_response()
+}
+
+/// `REVISION/FILE`.
+fn resolve(repository: &Repository, rest: &str, headers: &HeaderMap) -> Response {
+    let Repository { commit, files, .. } = repository;
+    match rest.split_once('/') {
+        Some((revision, file)) if revision == "main" || revision == commit => match files.get(file)
+        {
+            Some(bytes) => send(commit, bytes, headers),
+            None => missing("EntryNotFound"),
+        },
+        _ => missing("RevisionNotFound"),
+    }
 }
 
 /// A file or the asked range of it; hyper leaves the body out where the method is HEAD.

@@ -23,10 +23,12 @@ pub fn root() -> &'static Path {
 pub fn images() -> Result<[Image; 2]> {
     let image = |name: &str, program: &str| {
         let destination = format!("/usr/bin/{program}");
-        let image = Image::named(&format!("docker.io/plimsoll/{name}:dev"))
-            .program(&built(program)?, &destination)?
-            .file(Path::new(CERTIFICATES), CERTIFICATES, 0o644)
-            .entrypoint(&[&destination]);
+        // The tag that the chart asks for by itself: its appVersion.
+        let image =
+            Image::named(&format!("docker.io/plimsoll/{name}:{}", env!("CARGO_PKG_VERSION")))
+                .program(&built(program)?, &destination)?
+                .file(Path::new(CERTIFICATES), CERTIFICATES, 0o644)
+                .entrypoint(&[&destination]);
         anyhow::Ok(image)
     };
     Ok([image("operator", "plimsoll")?, image("engine", "plimsoll-engine")?])
@@ -42,7 +44,6 @@ pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
     let chart = root().join("charts/plimsoll").display().to_string();
     let mut words = vec!["install", RELEASE, &chart, "--namespace", NAMESPACE];
     words.extend(["--wait", "--timeout", "90s"]);
-    words.extend(["--set", "operator.image.tag=dev", "--set", "engine.image.tag=dev"]);
     for setting in settings {
         words.extend(["--set", setting]);
     }

@@ -49,9 +49,11 @@ impl<'node> Stage<'node> {
         self.kubectl().run_with_input(&words, manifest)
     }
 
-    /// A bound PersistentVolumeClaim called `name` with the files of `folder`, and where they lie.
-    pub fn claim_with(&self, name: &str, folder: &Path) -> Result<PathBuf> {
-        let target = self.volume(name)?;
+    /// A bound PersistentVolumeClaim called `name` with the files of `folder` under `path`, and where
+    /// they lie on the machine.
+    pub fn claim_with(&self, name: &str, path: &str, folder: &Path) -> Result<PathBuf> {
+        let target = self.volume(name)?.join(path);
+        std::fs::create_dir_all(&target)?;
         copy_files(folder, &target)?;
         self.apply(&format!(
             "{{apiVersion: v1, kind: PersistentVolumeClaim, metadata: {{name: {name}}}, spec: \

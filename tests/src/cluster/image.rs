@@ -50,6 +50,11 @@ impl Image {
         Image { name: name.into(), files, entrypoint: Vec::new(), user: "65532:65532".into() }
     }
 
+    /// The same image under another name.
+    pub fn renamed(self, name: &str) -> Image {
+        Image { name: name.into(), ..self }
+    }
+
     pub fn name(&self) -> &str {
         &self.name
     }
