@@ -12,7 +12,10 @@ use plimsoll_engine::batch::{
     AdapterIndex, PageCopy, PageId, RowInput, SamplingParams, SequenceId, Slot, SlotStart, Span,
     SpanOutput, Step, StepNumber, TokenId,
 };
-use plimsoll_engine::model::{Checkpoint, Shard};
+use plimsoll_engine::model::{Checkpoint, Config, Plan, Role, Shard, TensorSpec};
+use safetensors::tensor::TensorView;
+
+pub const WHOLE: Shard = Shard::WHOLE;
 
 /// Mean |Δlogprob| that a right model stays below in f32.
 pub const GATE: f64 = 1e-3;
@@ -170,4 +173,73 @@ impl Dice {
             self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n
     }
+}
+
+/// A directory that goes with the test.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new(name: &str) -> Scratch {
+        let dir = std::env::temp_dir().join(format!("plimsoll-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        Scratch(dir)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+pub fn copy_checkpoint(from: &Path, to: &Path) {
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+    }
+}
+
+pub fn safetensors_files(dir: &Path) -> Vec<PathBuf> {
+    let paths = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.extension().is_some_and(|end| end == "safetensors")).collect()
+}
+
+/// Hands every tensor's bytes out for changing, then writes the file back.
+pub fn edit_tensors(file: &Path, mut edit: impl FnMut(&str, &mut [u8])) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let size = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + size]).unwrap();
+    for (name, info) in header.as_object().unwrap() {
+        let Some(offsets) = info["data_offsets"].as_array() else { continue };
+        let at = |i: usize| 8 + size + offsets[i].as_u64().unwrap() as usize;
+        edit(name, &mut bytes[at(0)..at(1)]);
+    }
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// Writes a checkpoint of random weights in f32 for a config.json. They are large enough for logits to differ.
+pub fn random_checkpoint(dir: &Path, config: &serde_json::Value, seed: u64) {
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let plan = Plan::new(&Config::parse(config).unwrap());
+    let mut dice = Dice(seed);
+    let tensors: Vec<(TensorSpec, Vec<u8>)> = plan
+        .tensors()
+        .into_iter()
+        .map(|spec| {
+            let gain = match spec.role {
+                Role::Norm => 0.3,
+                Role::Embedding => 1.0,
+                _ => 3.0 / (spec.shape[spec.shape.len() - 1] as f32).sqrt(),
+            };
+            let centre = if spec.role == Role::Norm { 1.0 } else { 0.0 };
+            let value = |_| centre + gain * (dice.below(20_001) as f32 / 10_000.0 - 1.0);
+            let values = (0..spec.elements()).map(value).collect::<Vec<f32>>();
+            (spec, values.iter().flat_map(|x| x.to_le_bytes()).collect())
+        })
+        .collect();
+    let views = tensors.iter().map(|(spec, bytes)| {
+        let view = TensorView::new(safetensors::Dtype::F32, spec.shape.clone(), bytes).unwrap();
+        (spec.name.clone(), view)
+    });
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
 }
