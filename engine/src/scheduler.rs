@@ -145,6 +145,8 @@ pub struct Scheduler {
     leaving: Vec<Sequence>,
     slots_free: Vec<Slot>,
     in_flight: VecDeque<InFlight>,
+    /// The head of the queue, if it lacked pages, and how many of its pages were published then.
+    blocked: Option<(SequenceId, usize)>,
     waiting_requests: usize,
     next_sequence: u64,
     next_step: u64,
@@ -162,6 +164,7 @@ impl Scheduler {
             leaving: Vec::new(),
             slots_free: (0..limits.running_max as u32).rev().map(Slot).collect(),
             in_flight: VecDeque::with_capacity(limits.steps_in_flight),
+            blocked: None,
             waiting_requests: 0,
             next_sequence: 0,
             next_step: 1,
