@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 pub use limits::{Ask, Limits};
+use plimsoll_contract::abilities::PAGE_TOKENS;
 use sequence::Sequence;
 
 use crate::batch::{PageCopy, PageId, SequenceId, Slot, StepNumber};
@@ -279,7 +280,7 @@ impl Scheduler {
         }
         for span in self.in_flight.iter().flat_map(|step| &step.spans) {
             let owner = sequences().find(|s| s.id == span.sequence).ok_or("a span has no owner")?;
-            let pages = span.position / 64..=(span.end - 1) / 64;
+            let pages = span.position / PAGE_TOKENS..=(span.end - 1) / PAGE_TOKENS;
             if !pages.clone().all(|page| self.kv.writable(&owner.table, page as usize)) {
                 return Err(format!("a step in flight writes pages {pages:?} that are shared"));
             }
