@@ -104,7 +104,6 @@ impl Shared {
     }
 
     pub fn rest(&self) {
-        self.queue_ms.store(0, SeqCst);
         self.resting.store(true, SeqCst);
     }
 
@@ -211,6 +210,18 @@ impl EngineHandle {
             commands: self.commands.clone(),
             open: vec![true; ask.choices as usize],
         })
+    }
+
+    /// Whether the queue would take one more: asked before a prompt is tokenized, and only a hint, since `submit` decides.
+    pub fn has_room(&self) -> Result<(), Refusal> {
+        let waiting = self.shared.waiting.load(SeqCst);
+        if waiting < self.shared.limits.waiting_max {
+            return Ok(());
+        }
+        let retry_after_seconds = self.shared.retry_after_seconds();
+        let refusal = Refusal::QueueFull { waiting, retry_after_seconds };
+        self.shared.metrics.refused(&refusal);
+        Err(refusal)
     }
 
     /// How long ago the loop last came round; zero while it rests.

@@ -3,28 +3,22 @@
 //! In: one word. Out: a running node, or none, and how to use it. Never touches the node that tests
 //! use: this one has another name.
 
-use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use plimsoll_tests::cluster::{Lifetime, Node, Tools, toolbox_image};
 use plimsoll_tests::install;
 
 const NAME: &str = "play";
 
-fn main() -> ExitCode {
+fn main() -> Result<()> {
     let word = std::env::args().nth(1).unwrap_or_default();
-    let done = match word.as_str() {
+    match word.as_str() {
         "up" => up(),
-        "down" => Node::destroy(NAME),
+        "down" => down(),
         "env" => env(),
-        _ => Err(anyhow!("say up, down or env")),
-    };
-    if let Err(error) = done {
-        eprintln!("cluster: {error:#}");
-        return ExitCode::FAILURE;
+        _ => bail!("say up, down or env"),
     }
-    ExitCode::SUCCESS
 }
 
 fn up() -> Result<()> {
@@ -39,6 +33,10 @@ fn up() -> Result<()> {
         installed?;
     }
     env()
+}
+
+fn down() -> Result<()> {
+    Node::destroy(NAME)
 }
 
 fn env() -> Result<()> {

@@ -1,0 +1,170 @@
+//! The command line. Enters: arguments. Leaves: typed options for one verb. Every flag has a default or is required,
+//! and a line of help; the engine's team owns them all.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use plimsoll_contract::abilities::Dtype;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "plimsoll-engine",
+    version,
+    about = "Serves a language model over OpenAI's API",
+    max_term_width = 100
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Load a model and answer requests until told to stop.
+    Serve(ServeArgs),
+    /// Print what is known of a checkpoint before any weight is read.
+    Inspect(InspectArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Directory of the checkpoint: config.json, tokenizer.json, *.safetensors.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Address for the API, the probes and the metrics; port 0 takes a free one.
+    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8000")]
+    pub listen: SocketAddr,
+    /// Name that clients ask for [default: the directory's name].
+    #[arg(long, value_name = "NAME")]
+    pub served_name: Option<String>,
+    /// Type to compute in and to keep weights and KV pages in.
+    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    pub dtype: DtypeArg,
+    /// Tokens the KV cache holds [default: as many as fit].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub kv_tokens: Option<u64>,
+    /// Longest sequence, prompt and output [default: what the model was trained for].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub context_tokens: Option<u32>,
+    /// Sequences that run at once.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub running_max: u32,
+    /// Requests that may wait; one more is answered with 429.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub waiting_max: u32,
+    /// Rows of one step: running sequences plus prompt tokens.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub step_tokens_max: u32,
+    /// Steps planned ahead of the one being computed: 1 or 2.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub steps_in_flight: u32,
+    /// Compute every prompt anew instead of reusing what is cached.
+    #[arg(long)]
+    pub no_prefix_reuse: bool,
+    /// File with one API key per line, read again when it changes [default: no key is needed].
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// After SIGTERM, time to go on accepting requests while clients learn to go elsewhere.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    pub drain_grace: Duration,
+    /// After that, time for running requests to finish.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub drain_timeout: Duration,
+    /// Bytes the process may use [default: the cgroup's limit or what is available].
+    #[arg(long, value_name = "N")]
+    pub memory_bytes: Option<u64>,
+    /// Where the reason of a failure is written as JSON [default: /dev/termination-log, if it exists].
+    #[arg(long, value_name = "FILE")]
+    pub termination_message_file: Option<PathBuf>,
+    /// How to write logs; auto is text on a terminal and JSON otherwise.
+    #[arg(long, value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct InspectArgs {
+    /// Where the checkpoint lies: DIR or file:///DIR.
+    #[arg(value_name = "SOURCE")]
+    pub source: String,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+    /// Also write the facts as JSON here; or, after a failure, its reason [default: /dev/termination-log, if it exists].
+    #[arg(long, value_name = "FILE")]
+    pub termination_message_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    F32,
+    F16,
+}
+
+impl From<DtypeArg> for Dtype {
+    fn from(dtype: DtypeArg) -> Dtype {
+        match dtype {
+            DtypeArg::F32 => Dtype::F32,
+            DtypeArg::F16 => Dtype::F16,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Text,
+    Json,
+}
+
+/// `500ms`, `10s`, `2m`; a bare number is seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| "expected a time such as 10s or 500ms")?;
+    match unit {
+        "ms" => Ok(Duration::from_millis(number)),
+        "s" | "" => Ok(Duration::from_secs(number)),
+        "m" => Ok(Duration::from_secs(number.saturating_mul(60))),
+        _ => Err(format!("unknown unit `{unit}`; use ms, s or m")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_flag_has_help() {
+        Cli::command().debug_assert();
+        for verb in Cli::command().get_subcommands() {
+            for arg in verb.get_arguments() {
+                let id = arg.get_id();
+                assert!(id == "help" || id == "version" || arg.get_help().is_some(), "{id}");
+            }
+        }
+    }
+
+    #[test]
+    fn times_are_written_with_a_unit() {
+        assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(duration("7"), Ok(Duration::from_secs(7)));
+        assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
+        assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
+        assert!(duration("1h").is_err());
+        assert!(duration("s").is_err());
+        assert!(duration("").is_err());
+    }
+
+    #[test]
+    fn serve_needs_a_model_and_nothing_else() {
+        assert!(Cli::try_parse_from(["plimsoll-engine", "serve"]).is_err());
+        let cli = Cli::try_parse_from(["plimsoll-engine", "serve", "--model", "m"]).unwrap();
+        let Verb::Serve(args) = cli.verb else { panic!("parsed another verb") };
+        assert_eq!(args.drain_grace, Duration::from_secs(10));
+        assert_eq!(args.drain_timeout, Duration::from_secs(60));
+    }
+}

@@ -1,0 +1,296 @@
+//! The server's sockets. Enters: a listener. Leaves: requests to the router, answers to clients. Bounds what a client
+//! may hold: the number of connections, the time for a request's head and the time of doing nothing. Bodies and
+//! requests have their own bounds; here nothing is known of them.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::Request;
+use axum::http::{HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
+use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::Instant;
+
+use crate::http::errors::ApiError;
+
+/// Bounds of the server's sockets.
+#[derive(Clone, Copy, Debug)]
+pub struct ConnectionLimits {
+    pub connections_max: usize,
+    /// From a request's first byte to the end of its head.
+    pub head_time_max: Duration,
+    /// Between requests; longer than common clients pool a connection, so that they and not we close it.
+    pub idle_time_max: Duration,
+}
+
+impl Default for ConnectionLimits {
+    fn default() -> ConnectionLimits {
+        ConnectionLimits {
+            connections_max: 4096,
+            head_time_max: Duration::from_secs(10),
+            idle_time_max: Duration::from_secs(120),
+        }
+    }
+}
+
+/// Connections above the limit that still get an answer: probes theirs, requests a 503.
+const SPARE_CONNECTIONS_MAX: usize = 64;
+/// Bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 64 << 10;
+const HEADERS_MAX: usize = 128;
+/// Pause after a failed accept (no file descriptors left, say), so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts until `closing` turns true; then closes idle connections, lets the others finish their answer, and returns
+/// when none is left.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: ConnectionLimits,
+    mut closing: watch::Receiver<bool>,
+) {
+    let regular = Arc::new(Semaphore::new(limits.connections_max));
+    let spare = Arc::new(Semaphore::new(SPARE_CONNECTIONS_MAX));
+    let refusing = router.clone().layer(middleware::from_fn(refuse_api));
+    let mut stop = closing.clone();
+    let mut stopped = pin!(stop.wait_for(|closing| *closing));
+    loop {
+        let stream = tokio::select! {
+            _ = &mut stopped => break,
+            accepted = accept(&listener) => accepted,
+        };
+        let (permit, router) = match regular.clone().try_acquire_owned() {
+            Ok(permit) => (permit, router.clone()),
+            Err(_) => match spare.clone().try_acquire_owned() {
+                Ok(permit) => (permit, refusing.clone()),
+                Err(_) => continue,
+            },
+        };
+        tokio::spawn(connection(stream, router, limits, closing.clone(), permit));
+    }
+    drop(listener);
+    // Whoever holds the sender waits for this function no longer than it wants to.
+    let all = |semaphore: Arc<Semaphore>, count: usize| async move {
+        let count = u32::try_from(count).expect("limits are small");
+        drop(semaphore.acquire_many(count).await);
+    };
+    all(regular, limits.connections_max).await;
+    all(spare, SPARE_CONNECTIONS_MAX).await;
+    closing.mark_unchanged();
+}
+
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _peer)) => {
+                let _peer: SocketAddr = _peer;
+                // Tokens are small and each should leave at once; a socket that refuses the option still works.
+                let _ = stream.set_nodelay(true);
+                return stream;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "failed to accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// For connections above the limit: probes are answered, all else is sent away.
+async fn refuse_api(request: Request, next: Next) -> Response {
+    let mut response = match request.uri().path() {
+        "/health" | "/ready" | "/metrics" => next.run(request).await,
+        _ => ApiError::unavailable("too many connections are open; retry shortly", 1)
+            .code("too_many_connections")
+            .into_response(),
+    };
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// What a connection is doing, and since when.
+#[derive(Clone, Copy, Debug)]
+enum Phase {
+    Idle(Instant),
+    Head(Instant),
+    /// A request is in its handler or its answer is being sent.
+    Busy,
+}
+
+type Phases = Arc<watch::Sender<Phase>>;
+
+async fn connection(
+    stream: TcpStream,
+    router: Router,
+    limits: ConnectionLimits,
+    mut closing: watch::Receiver<bool>,
+    _permit: OwnedSemaphorePermit,
+) {
+    let (phases, mut phase) = watch::channel(Phase::Idle(Instant::now()));
+    let phases: Phases = Arc::new(phases);
+    let io = TokioIo::new(Watched { stream, phases: phases.clone() });
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(|request: hyper::Request<Incoming>| {
+        phases.send_replace(Phase::Busy);
+        let answer = Answer { phases: phases.clone() };
+        let response = router.call(request.map(Body::new));
+        async move { response.await.map(|r| r.map(|inner| Answered { inner, _answer: answer })) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(None)
+        .max_header_size(HEAD_BYTES_MAX)
+        .max_headers(HEADERS_MAX)
+        .serve_connection(io, service);
+    let mut connection = pin!(connection);
+    let mut told_to_close = false;
+    loop {
+        let expired = expired(&mut phase, limits);
+        tokio::select! {
+            result = connection.as_mut() => {
+                if let Err(error) = result {
+                    tracing::debug!(%error, "a connection ended early");
+                }
+                return;
+            }
+            _ = closing.wait_for(|closing| *closing), if !told_to_close => {
+                told_to_close = true;
+                connection.as_mut().graceful_shutdown();
+            }
+            () = expired => return,
+        }
+    }
+}
+
+/// Returns when the connection has been in a phase for too long.
+async fn expired(phase: &mut watch::Receiver<Phase>, limits: ConnectionLimits) {
+    loop {
+        let deadline = match *phase.borrow_and_update() {
+            Phase::Idle(since) => Some(since + limits.idle_time_max),
+            Phase::Head(since) => Some(since + limits.head_time_max),
+            Phase::Busy => None,
+        };
+        let passed = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = passed => return,
+            changed = phase.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Lives as long as an answer is owed.
+struct Answer {
+    phases: Phases,
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.phases.send_replace(Phase::Idle(Instant::now()));
+    }
+}
+
+/// An answer's body; its end ends the request.
+struct Answered {
+    inner: Body,
+    _answer: Answer,
+}
+
+impl HttpBody for Answered {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        HttpBody::size_hint(&self.inner)
+    }
+}
+
+/// A socket that notes when a request begins to arrive.
+struct Watched {
+    stream: TcpStream,
+    phases: Phases,
+}
+
+impl AsyncRead for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context,
+        buffer: &mut ReadBuf,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            self.phases.send_if_modified(|phase| {
+                let begins = matches!(phase, Phase::Idle(_));
+                if begins {
+                    *phase = Phase::Head(Instant::now());
+                }
+                begins
+            });
+        }
+        result
+    }
+}
+
+impl AsyncWrite for Watched {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context,
+        slices: &[io::IoSlice],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+}

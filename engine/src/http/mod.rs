@@ -1,0 +1,240 @@
+//! Everything between a socket and the step loop. Enters: HTTP. Leaves: requests to the engine, and answers in OpenAI's
+//! shapes. Nothing here computes a token.
+
+pub mod admin;
+pub mod auth;
+pub mod chat;
+pub mod completions;
+pub mod connections;
+pub mod errors;
+pub mod fields;
+pub mod generation;
+pub mod openai;
+pub mod params;
+pub mod sse;
+pub mod state;
+pub mod tokens;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+
+use crate::http::completions::Echo;
+use crate::http::errors::ApiError;
+use crate::http::generation::Generation;
+use crate::http::params::StreamOptions;
+pub use crate::http::state::{App, Chance, Served};
+use crate::request::Request as EngineRequest;
+
+/// Bytes of a request's body.
+pub const BODY_BYTES_MAX: usize = 8 << 20;
+/// Time for a body to arrive.
+pub const BODY_SECONDS_MAX: u64 = 30;
+/// What a client is told to wait while the model loads.
+const LOADING_RETRY_SECONDS: u64 = 2;
+
+/// What every object of one answer repeats.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub id: String,
+    pub created: u64,
+    pub model: String,
+}
+
+/// A body made ready for the engine.
+pub struct Prepared {
+    /// One per prompt.
+    pub requests: Vec<EngineRequest>,
+    pub stop_strings: Arc<[String]>,
+    pub with_logprobs: bool,
+    pub prompt_only: bool,
+    pub stream: Option<StreamOptions>,
+    pub user: Option<String>,
+    /// One per prompt, or none.
+    pub echo: Vec<Echo>,
+}
+
+pub fn router(app: Arc<App>) -> Router {
+    let api = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/models/{*name}", get(model))
+        .route("/v1/chat/completions", post(chat_completions))
+        .route("/v1/completions", post(text_completions))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
+    Router::new()
+        .merge(api)
+        .route("/health", get(admin::health))
+        .route("/ready", get(admin::ready))
+        .route("/metrics", get(admin::metrics))
+        .route("/version", get(admin::version))
+        .fallback(async |request: Request| {
+            ApiError::not_found(request.method().as_str(), request.uri().path())
+        })
+        .method_not_allowed_fallback(async |request: Request| {
+            ApiError::method_not_allowed(request.method().as_str(), request.uri().path())
+        })
+        .layer(middleware::from_fn_with_state(app.clone(), close_while_draining))
+        .with_state(app)
+}
+
+/// Pooled clients move elsewhere once their next answer tells them to.
+async fn close_while_draining(
+    State(app): State<Arc<App>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let mut response = next.run(request).await;
+    if app.draining() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+async fn models(State(app): State<Arc<App>>) -> Json<openai::ModelList> {
+    Json(openai::ModelList { object: "list", data: vec![app.model()] })
+}
+
+async fn model(
+    State(app): State<Arc<App>>,
+    axum::extract::Path(name): axum::extract::Path<String>,
+) -> Result<Json<openai::Model>, ApiError> {
+    if name != app.name {
+        return Err(ApiError::model_not_found(&name, &app.name));
+    }
+    Ok(Json(app.model()))
+}
+
+async fn chat_completions(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (served, prepared) = ready_to_run(&app, request, chat::prepare).await?;
+    let identity = app.identity("chatcmpl");
+    let Prepared { stream, with_logprobs, .. } = prepared;
+    let generation = start(&served, prepared, &identity)?;
+    let tokenizer = served.tokenizer.clone();
+    match stream {
+        Some(options) => {
+            let chunks = chat::ChatChunks { identity, tokenizer, with_logprobs, options };
+            Ok(sse::respond(generation, chunks))
+        }
+        None => {
+            let answer = chat::collect(generation, identity, &tokenizer, with_logprobs).await?;
+            Ok(Json(answer).into_response())
+        }
+    }
+}
+
+async fn text_completions(
+    State(app): State<Arc<App>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let (served, mut prepared) = ready_to_run(&app, request, completions::prepare).await?;
+    let identity = app.identity("cmpl");
+    let echo = std::mem::take(&mut prepared.echo);
+    let Prepared { stream, with_logprobs, .. } = prepared;
+    let generation = start(&served, prepared, &identity)?;
+    let tokenizer = served.tokenizer.clone();
+    match stream {
+        Some(options) => {
+            let choices = generation.choices();
+            let chunks = completions::CompletionChunks::new(
+                identity,
+                tokenizer,
+                with_logprobs,
+                &echo,
+                choices,
+                options,
+            );
+            Ok(sse::respond(generation, chunks))
+        }
+        None => {
+            let answer =
+                completions::collect(generation, identity, tokenizer, with_logprobs, &echo).await?;
+            Ok(Json(answer).into_response())
+        }
+    }
+}
+
+/// How a body of one kind is made ready.
+type Prepare = fn(&[u8], &Served, &Chance) -> Result<Prepared, ApiError>;
+
+/// Everything before the engine. A full queue refuses before the body is read or a prompt tokenized.
+async fn ready_to_run(
+    app: &Arc<App>,
+    request: Request,
+    prepare: Prepare,
+) -> Result<(Arc<Served>, Prepared), ApiError> {
+    let served = served(app)?;
+    served.engine.has_room()?;
+    let body = read_body(request).await?;
+    let chance = Chance::now();
+    let prepared = on_blocking_thread(app, &served, move |served| prepare(&body, served, &chance));
+    Ok((served.clone(), prepared.await?))
+}
+
+/// The model, or why there is none yet.
+pub fn served(app: &App) -> Result<Arc<Served>, ApiError> {
+    app.served().ok_or_else(|| {
+        ApiError::unavailable(
+            format!("`{}` is still loading: {}", app.name, app.progress()),
+            LOADING_RETRY_SECONDS,
+        )
+        .code("loading")
+    })
+}
+
+/// Parsing, templates and tokenizing take a core for a while: off the runtime, no more at once than there are cores.
+pub async fn on_blocking_thread<T: Send + 'static>(
+    app: &App,
+    served: &Arc<Served>,
+    work: impl FnOnce(&Served) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let permit = app.preparing().await;
+    let served = served.clone();
+    let result = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        work(&served)
+    });
+    result.await.map_err(|_| ApiError::internal("preparing the prompt failed; this is a defect"))?
+}
+
+pub async fn read_body(request: Request) -> Result<Bytes, ApiError> {
+    let limited = Limited::new(request.into_body(), BODY_BYTES_MAX);
+    let read = limited.collect();
+    match tokio::time::timeout(Duration::from_secs(BODY_SECONDS_MAX), read).await {
+        Err(_) => Err(ApiError::body_too_slow(BODY_SECONDS_MAX)),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(ApiError::body_too_large(BODY_BYTES_MAX))
+        }
+        Ok(Err(error)) => Err(ApiError::invalid(format!("the body could not be read: {error}"))),
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+    }
+}
+
+/// Hands all prompts to the engine. If one is refused, those already taken are cancelled.
+fn start(served: &Served, prepared: Prepared, identity: &Identity) -> Result<Generation, ApiError> {
+    let Prepared { requests, stop_strings, prompt_only, user, .. } = prepared;
+    let mut started = Vec::with_capacity(requests.len());
+    for request in requests {
+        let stream = served.engine.submit(request.clone())?;
+        started.push((request, stream));
+    }
+    tracing::debug!(id = identity.id, user, prompts = started.len(), "request taken");
+    Ok(Generation::new(started, &stop_strings, served.tokenizer.clone(), prompt_only))
+}
+
+/// An error without a handler around it, as bytes on the wire.
+pub fn error_response(error: ApiError) -> axum::http::Response<Body> {
+    error.into_response()
+}

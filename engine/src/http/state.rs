@@ -1,0 +1,155 @@
+//! What all handlers share: the model once it is loaded, and where the process is in its life. Clock and chance enter
+//! the HTTP side here and nowhere else.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::admission::ModelLimits;
+use crate::batch::TokenId;
+use crate::chat_template::ChatTemplate;
+use crate::http::Identity;
+use crate::http::auth::ApiKeys;
+use crate::http::errors::ApiError;
+use crate::http::openai::Model;
+use crate::metrics::Metrics;
+use crate::step::EngineHandle;
+use crate::tokenizer::Tokenizer;
+
+/// A loaded model and the engine that runs it.
+pub struct Served {
+    pub name: String,
+    pub tokenizer: Arc<Tokenizer>,
+    pub template: Option<ChatTemplate>,
+    pub limits: ModelLimits,
+    pub engine: EngineHandle,
+    pub metrics: Arc<Metrics>,
+}
+
+impl Served {
+    pub fn check_model(&self, asked: &str) -> Result<(), ApiError> {
+        if asked == self.name {
+            return Ok(());
+        }
+        Err(ApiError::model_not_found(asked, &self.name))
+    }
+
+    /// `param` is where the text came from.
+    pub fn encode(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        param: &str,
+    ) -> Result<Vec<TokenId>, ApiError> {
+        let tokens = self
+            .tokenizer
+            .encode(text, add_special_tokens)
+            .map_err(|e| ApiError::parameter(param, e.to_string()).code("tokenizer_error"))?;
+        if tokens.is_empty() {
+            let empty = format!("`{param}` is empty: the model needs at least one token");
+            return Err(ApiError::parameter(param, empty).code("invalid_value"));
+        }
+        Ok(tokens)
+    }
+}
+
+/// What a request takes from the world.
+#[derive(Clone, Copy, Debug)]
+pub struct Chance {
+    /// For requests without a seed.
+    pub seed: u64,
+    pub now_unix_seconds: i64,
+}
+
+impl Chance {
+    pub fn now() -> Chance {
+        Chance { seed: random_u64(), now_unix_seconds: unix_seconds().cast_signed() }
+    }
+}
+
+pub struct App {
+    pub name: String,
+    pub keys: Option<ApiKeys>,
+    created: u64,
+    served: OnceLock<Arc<Served>>,
+    progress: Mutex<String>,
+    draining: AtomicBool,
+    preparing: Arc<Semaphore>,
+}
+
+impl App {
+    pub fn new(name: String, keys: Option<ApiKeys>) -> App {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        App {
+            name,
+            keys,
+            created: unix_seconds(),
+            served: OnceLock::new(),
+            progress: Mutex::new("starting".to_owned()),
+            draining: AtomicBool::new(false),
+            preparing: Arc::new(Semaphore::new(cores)),
+        }
+    }
+
+    /// None until the model is loaded.
+    pub fn served(&self) -> Option<Arc<Served>> {
+        self.served.get().cloned()
+    }
+
+    /// Called once, when the model is loaded.
+    pub fn serve(&self, served: Served) {
+        let first = self.served.set(Arc::new(served)).is_ok();
+        assert!(first, "a process loads one model");
+    }
+
+    /// Loading, in words.
+    pub fn progress(&self) -> String {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn set_progress(&self, progress: String) {
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = progress;
+    }
+
+    pub fn draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    pub fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// A core's worth of preparing prompts.
+    pub async fn preparing(&self) -> OwnedSemaphorePermit {
+        self.preparing.clone().acquire_owned().await.expect("the semaphore is never closed")
+    }
+
+    pub fn identity(&self, prefix: &str) -> Identity {
+        Identity {
+            id: format!("{prefix}-{:016x}{:016x}", random_u64(), random_u64()),
+            created: unix_seconds(),
+            model: self.name.clone(),
+        }
+    }
+
+    pub fn model(&self) -> Model {
+        Model {
+            id: self.name.clone(),
+            object: "model",
+            created: self.created,
+            owned_by: "plimsoll",
+        }
+    }
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Not for secrets: every hasher of the standard library starts from keys of its own.
+fn random_u64() -> u64 {
+    RandomState::new().build_hasher().finish()
+}

@@ -1,0 +1,177 @@
+//! From a directory to a model that serves: memory is planned and refused before a weight is read, the tokenizer loads
+//! while the weights do. Enters: the command line. Leaves: [`Served`], or the report of why not.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use plimsoll_contract::abilities::{Ability, Backend as Device, PAGE_TOKENS};
+use plimsoll_contract::exit::{ExitReason, ExitReport};
+use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::memory::{MemoryPlan, StepLimits};
+
+use crate::admission::ModelLimits;
+use crate::backend::cpu::{CpuBackend, CpuOptions, LoadProgress};
+use crate::chat_template::ChatTemplate;
+use crate::cli::ServeArgs;
+use crate::exit::internal;
+use crate::http::{App, Served};
+use crate::memory;
+use crate::metrics::{Metrics, Startup};
+use crate::model::{Checkpoint, LoadError, Shard};
+use crate::step::{self, Limits};
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// `show` is for a person who waits; `app` for probes. `started` is when the process began.
+pub fn load(
+    args: &ServeArgs,
+    app: &App,
+    started: Instant,
+    show: &mut dyn FnMut(&str),
+) -> Result<Served, ExitReport> {
+    let report = |error: LoadError| error.report();
+    let mut progress = |text: String| {
+        show(&text);
+        app.set_progress(text);
+    };
+    progress(format!("reading {}", args.model.display()));
+    let checkpoint = Checkpoint::open(&args.model).map_err(report)?;
+    let facts = checkpoint.facts();
+    let context_tokens = context_tokens(args, facts)?;
+    let plan = plan(args, facts, context_tokens)?;
+    let kv_pages = vec![kv_pages(&plan)];
+    tracing::info!(
+        weights = memory::gib(plan.weights),
+        workspace = memory::gib(plan.workspace),
+        kv = memory::gib(plan.kv),
+        kv_tokens = plan.kv_tokens,
+        context_tokens,
+        "memory planned"
+    );
+
+    let loading = Instant::now();
+    let options = CpuOptions {
+        dtype: args.dtype.into(),
+        kv_pages: kv_pages.clone(),
+        running_max: args.running_max,
+        shard: Shard::WHOLE,
+    };
+    let (backend, tokenizer) = std::thread::scope(|scope| {
+        let tokenizer = scope.spawn(|| Tokenizer::open(&args.model));
+        let mut layers = |LoadProgress { layers_done, layers }: LoadProgress| {
+            progress(format!("weights: {layers_done} of {layers} layers"));
+        };
+        let backend = CpuBackend::load(&checkpoint, options, &mut layers);
+        (backend, tokenizer.join())
+    });
+    let backend = backend.map_err(report)?;
+    let tokenizer = tokenizer
+        .map_err(|_| internal("the tokenizer's thread panicked"))?
+        .map_err(|error| tokenizer_report(&error))?;
+    check_vocabulary(&tokenizer, facts)?;
+    let weights_load_seconds = loading.elapsed().as_secs_f64();
+    progress("starting the step loop".into());
+
+    let metrics = Metrics::new(&app.name, context_tokens);
+    let limits = Limits {
+        running_max: args.running_max as usize,
+        waiting_max: args.waiting_max as usize,
+        step_tokens_max: args.step_tokens_max,
+        context_tokens,
+        kv_pages,
+        steps_in_flight: args.steps_in_flight as usize,
+        prefix_reuse: !args.no_prefix_reuse,
+    };
+    let engine = step::start(Box::new(backend), limits, metrics.clone());
+    metrics.started(Startup {
+        seconds: started.elapsed().as_secs_f64(),
+        weights_load_seconds,
+        weights_bytes: plan.weights,
+        kv_cache_bytes: plan.kv,
+    });
+    // An empty line where the progress was.
+    show("");
+    Ok(Served {
+        name: app.name.clone(),
+        tokenizer: Arc::new(tokenizer),
+        template: template(args),
+        limits: ModelLimits {
+            context_tokens,
+            kv_tokens: plan.kv_tokens,
+            vocabulary: facts.vocabulary,
+            eos: Arc::new(checkpoint.eos_token_ids.iter().copied().collect()),
+        },
+        engine,
+        metrics,
+    })
+}
+
+/// What was asked for, or what the model was trained for.
+fn context_tokens(args: &ServeArgs, facts: &ModelFacts) -> Result<u32, ExitReport> {
+    match args.context_tokens {
+        Some(asked) if asked > facts.context_tokens => Err(ExitReport {
+            reason: ExitReason::UnsupportedModel,
+            message: format!(
+                "--context-tokens {asked} is more than the {} tokens this model was trained for; lower it",
+                facts.context_tokens
+            ),
+        }),
+        Some(asked) => Ok(asked),
+        None => Ok(facts.context_tokens),
+    }
+}
+
+fn plan(
+    args: &ServeArgs,
+    facts: &ModelFacts,
+    context_tokens: u32,
+) -> Result<MemoryPlan, ExitReport> {
+    let dtype = args.dtype.into();
+    let ability = Ability { backend: Device::Cpu, weights: dtype, kv: dtype };
+    let limits =
+        StepLimits { step_tokens_max: args.step_tokens_max, running_max: args.running_max };
+    let available =
+        args.memory_bytes.or_else(|| memory::available_bytes("/".as_ref())).ok_or_else(|| {
+            internal("the system does not say how much memory there is; give --memory-bytes")
+        })?;
+    let context_tokens = u64::from(context_tokens);
+    memory::fit(facts, ability, limits, args.kv_tokens, available, context_tokens)
+        .map_err(|error| LoadError::DoesNotFit(error).report())
+}
+
+fn kv_pages(plan: &MemoryPlan) -> u32 {
+    u32::try_from(plan.kv_tokens / u64::from(PAGE_TOKENS)).unwrap_or(u32::MAX)
+}
+
+/// A template that cannot be used costs the chat endpoint, not the others.
+fn template(args: &ServeArgs) -> Option<ChatTemplate> {
+    ChatTemplate::open(&args.model).unwrap_or_else(|error| {
+        tracing::warn!(%error, "chat completions will be refused");
+        None
+    })
+}
+
+fn tokenizer_report(error: &TokenizerError) -> ExitReport {
+    let reason = match error {
+        TokenizerError::Missing(_) | TokenizerError::UnsupportedDecoder { .. } => {
+            ExitReason::UnsupportedModel
+        }
+        TokenizerError::Malformed { .. } | TokenizerError::Encode(_) => ExitReason::CorruptWeights,
+    };
+    ExitReport { reason, message: error.to_string() }
+}
+
+/// A token without an embedding row would be a read beyond the matrix.
+fn check_vocabulary(tokenizer: &Tokenizer, facts: &ModelFacts) -> Result<(), ExitReport> {
+    let ids = tokenizer.ids();
+    if ids <= facts.vocabulary as usize {
+        return Ok(());
+    }
+    Err(ExitReport {
+        reason: ExitReason::CorruptWeights,
+        message: format!(
+            "tokenizer.json has ids up to {}, but the model's vocabulary has {} rows; the files belong to different models",
+            ids - 1,
+            facts.vocabulary
+        ),
+    })
+}

@@ -1,0 +1,277 @@
+//! Between text and token ids. Enters: a checkpoint's tokenizer.json. Leaves: ids of a text, and for each id the bytes
+//! it adds to a text, exact also where a character is spread over tokens. Loading and long texts take milliseconds to
+//! seconds: callers on the runtime use a blocking thread.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::batch::TokenId;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    /// The checkpoint has none.
+    #[error("{} does not exist; the engine reads tokenizers in this format only", .0.display())]
+    Missing(PathBuf),
+    /// The file does not parse.
+    #[error("{} is not a valid tokenizer: {reason}", path.display())]
+    Malformed { path: PathBuf, reason: String },
+    /// A decoder the engine has no byte table for.
+    #[error("{} uses the decoder {kind}; supported are ByteLevel, ByteFallback and Metaspace", path.display())]
+    UnsupportedDecoder { path: PathBuf, kind: String },
+    #[error("the text cannot be tokenized: {0}")]
+    Encode(String),
+}
+
+/// How token strings stand for bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Alphabet {
+    /// GPT-2's: every byte is one printable character.
+    ByteLevel,
+    /// SentencePiece's: `▁` is a space, `<0xE2>` a single byte.
+    Pieces,
+}
+
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    table: ByteTable,
+    special: BTreeSet<TokenId>,
+}
+
+impl Tokenizer {
+    /// Reads `tokenizer.json` in `dir`.
+    pub fn open(dir: &Path) -> Result<Tokenizer, TokenizerError> {
+        let path = dir.join("tokenizer.json");
+        if !path.exists() {
+            return Err(TokenizerError::Missing(path));
+        }
+        let inner = tokenizers::Tokenizer::from_file(&path)
+            .map_err(|e| TokenizerError::Malformed { path: path.clone(), reason: e.to_string() })?;
+        Tokenizer::from_inner(inner, &path)
+    }
+
+    fn from_inner(
+        mut inner: tokenizers::Tokenizer,
+        path: &Path,
+    ) -> Result<Tokenizer, TokenizerError> {
+        // A training-time cut or filling would change prompts silently.
+        let malformed = |e: tokenizers::Error| TokenizerError::Malformed {
+            path: path.to_owned(),
+            reason: e.to_string(),
+        };
+        inner.with_truncation(None).map_err(malformed)?;
+        inner.with_padding(None);
+        let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or(Value::Null);
+        let alphabet = alphabet(&decoder).ok_or_else(|| TokenizerError::UnsupportedDecoder {
+            path: path.to_owned(),
+            kind: decoder["type"].as_str().unwrap_or("none").to_owned(),
+        })?;
+        let special = inner
+            .get_added_tokens_decoder()
+            .iter()
+            .filter(|(_, token)| token.special)
+            .map(|(&id, _)| id)
+            .collect();
+        let table = byte_table(&inner, alphabet);
+        Ok(Tokenizer { inner, table, special })
+    }
+
+    /// `add_special_tokens`: put BOS and the like around the text, as the checkpoint defines.
+    pub fn encode(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, TokenizerError> {
+        self.inner
+            .encode_fast(text, add_special_tokens)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|e| TokenizerError::Encode(e.to_string()))
+    }
+
+    /// The bytes a token adds to a text; those of a special token are its name. Empty for an id without a token.
+    pub fn bytes(&self, id: TokenId) -> &[u8] {
+        self.table.bytes(id)
+    }
+
+    /// Special tokens (BOS, end of turn) shape the conversation and are no text of it.
+    pub fn is_special(&self, id: TokenId) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// What a generated token adds to the visible text.
+    pub fn visible_bytes(&self, id: TokenId) -> &[u8] {
+        if self.is_special(id) { &[] } else { self.bytes(id) }
+    }
+
+    /// The text of whole sequences, special tokens included as `with_special` says.
+    pub fn text(&self, ids: &[TokenId], with_special: bool) -> String {
+        let bytes =
+            |&id: &TokenId| if with_special { self.bytes(id) } else { self.visible_bytes(id) };
+        let all: Vec<u8> = ids.iter().flat_map(bytes).copied().collect();
+        String::from_utf8_lossy(&all).into_owned()
+    }
+
+    /// All ids are below this number.
+    pub fn ids(&self) -> usize {
+        self.table.starts.len() - 1
+    }
+}
+
+/// Bytes of all tokens in one run, entry `i` between `starts[i]` and `starts[i + 1]`.
+struct ByteTable {
+    all: Vec<u8>,
+    starts: Vec<u32>,
+}
+
+impl ByteTable {
+    fn bytes(&self, id: TokenId) -> &[u8] {
+        let id = id as usize;
+        match (self.starts.get(id), self.starts.get(id + 1)) {
+            (Some(&from), Some(&to)) => &self.all[from as usize..to as usize],
+            _ => &[],
+        }
+    }
+}
+
+fn byte_table(inner: &tokenizers::Tokenizer, alphabet: Alphabet) -> ByteTable {
+    let added = inner.get_added_tokens_decoder();
+    let vocabulary = inner.get_vocab(true);
+    let mut by_id: Vec<(TokenId, String)> =
+        vocabulary.into_iter().map(|(token, id)| (id, token)).collect();
+    by_id.sort_unstable_by_key(|(id, _)| *id);
+    let mut table = ByteTable { all: Vec::new(), starts: vec![0] };
+    let end =
+        |table: &ByteTable| u32::try_from(table.all.len()).expect("vocabularies stay below 4 GiB");
+    for (id, token) in by_id {
+        // Ids without a token are empty entries.
+        while table.starts.len() <= id as usize {
+            table.starts.push(end(&table));
+        }
+        match added.get(&id) {
+            Some(added) => table.all.extend_from_slice(added.content.as_bytes()),
+            None => table.all.extend(token_bytes(&token, alphabet)),
+        }
+        table.starts.push(end(&table));
+    }
+    table
+}
+
+fn token_bytes(token: &str, alphabet: Alphabet) -> Vec<u8> {
+    match alphabet {
+        Alphabet::ByteLevel => {
+            let bytes: Option<Vec<u8>> = token.chars().map(byte_of_char).collect();
+            bytes.unwrap_or_else(|| token.as_bytes().to_vec())
+        }
+        Alphabet::Pieces => match single_byte(token) {
+            Some(byte) => vec![byte],
+            None => token.replace('▁', " ").into_bytes(),
+        },
+    }
+}
+
+/// `<0xE2>` → 0xE2.
+fn single_byte(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok()).flatten()
+}
+
+/// Inverse of GPT-2's byte alphabet: printable Latin-1 stands for itself, the other 68 bytes were moved, in order, to
+/// U+0100 and up.
+fn byte_of_char(c: char) -> Option<u8> {
+    let code = u32::from(c);
+    match code {
+        0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff => u8::try_from(code).ok(),
+        0x100..=0x120 => u8::try_from(code - 0x100).ok(),
+        0x121..=0x142 => u8::try_from(code - 0x121 + 0x7f).ok(),
+        0x143 => Some(0xad),
+        _ => None,
+    }
+}
+
+/// Which alphabet a decoder undoes; decoders nest.
+fn alphabet(decoder: &Value) -> Option<Alphabet> {
+    match decoder["type"].as_str()? {
+        "ByteLevel" => Some(Alphabet::ByteLevel),
+        "ByteFallback" | "Metaspace" => Some(Alphabet::Pieces),
+        "Sequence" => decoder["decoders"].as_array()?.iter().find_map(alphabet),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(json: &str) -> Result<Tokenizer, TokenizerError> {
+        let inner = tokenizers::Tokenizer::from_bytes(json.as_bytes()).unwrap();
+        Tokenizer::from_inner(inner, Path::new("tokenizer.json"))
+    }
+
+    /// A byte-level vocabulary of single bytes, in the order of the alphabet.
+    fn byte_level() -> String {
+        let chars: Vec<char> = (0u32..0x180)
+            .filter_map(char::from_u32)
+            .filter(|&c| byte_of_char(c).is_some())
+            .collect();
+        let vocab: serde_json::Map<String, Value> =
+            chars.iter().enumerate().map(|(i, c)| (c.to_string(), Value::from(i))).collect();
+        serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{"id": 256, "content": "<|end|>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []}
+        })
+        .to_string()
+    }
+
+    #[test]
+    fn every_byte_has_exactly_one_character_of_the_alphabet() {
+        let mut bytes: Vec<u8> =
+            (0..0x180).filter_map(char::from_u32).filter_map(byte_of_char).collect();
+        bytes.sort_unstable();
+        assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
+    }
+
+    #[test]
+    fn byte_level_tokens_give_back_the_text_that_made_them() {
+        let tokenizer = load(&byte_level()).unwrap();
+        let text = "Grüße, 世界 🌍\n\tok\u{7f}\u{ad}";
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(ids.len(), text.len());
+        assert_eq!(tokenizer.text(&ids, false), text);
+    }
+
+    #[test]
+    fn a_special_token_is_its_name_but_no_visible_text() {
+        let tokenizer = load(&byte_level()).unwrap();
+        let ids = tokenizer.encode("a<|end|>", false).unwrap();
+        assert_eq!(ids[1], 256);
+        assert_eq!(tokenizer.text(&ids, true), "a<|end|>");
+        assert_eq!(tokenizer.text(&ids, false), "a");
+        assert_eq!(tokenizer.bytes(9999), b"");
+    }
+
+    #[test]
+    fn sentencepiece_tokens_spell_spaces_and_single_bytes() {
+        assert_eq!(token_bytes("▁the", Alphabet::Pieces), b" the");
+        assert_eq!(token_bytes("<0xE2>", Alphabet::Pieces), [0xe2]);
+        assert_eq!(token_bytes("<0xE>", Alphabet::Pieces), b"<0xE>");
+        let llama2 = serde_json::json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}]});
+        assert_eq!(alphabet(&llama2), Some(Alphabet::Pieces));
+    }
+
+    #[test]
+    fn an_unknown_decoder_is_refused_by_name() {
+        let json = byte_level().replace(
+            r#""decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,"use_regex":true}"#,
+            r###""decoder":{"type":"WordPiece","prefix":"##","cleanup":true}"###,
+        );
+        let error = load(&json).err().unwrap();
+        assert!(error.to_string().contains("WordPiece"), "{error}");
+    }
+}

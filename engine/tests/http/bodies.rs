@@ -1,0 +1,272 @@
+//! Bodies that are slow, large, broken or meant to harm: each ends in an answer or a closed connection, never in a panic.
+
+use std::time::{Duration, Instant};
+
+use plimsoll_engine::http::{BODY_BYTES_MAX, Chance, chat, completions, tokens};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::world::{Client, Options, assert_all_free, completion, get, post, served, world};
+
+fn raw_request(body: &Value) -> Vec<u8> {
+    let body = body.to_string();
+    format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    )
+    .into_bytes()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_may_be_cut_at_every_byte_and_the_answer_is_the_same() {
+    let world = world(Options::default()).await;
+    let body = completion(
+        json!("grüße"),
+        json!({"seed": 1, "max_tokens": 3, "stream": true, "stop": "zzz"}),
+    );
+    let request = raw_request(&body);
+    let mut texts = std::collections::BTreeSet::new();
+    for cut in (1..request.len()).chain([0]) {
+        let mut stream = TcpStream::connect(world.address).await.unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.write_all(&request[..cut]).await.unwrap();
+        tokio::task::yield_now().await;
+        stream.write_all(&request[cut..]).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        assert!(answer.contains("data: [DONE]"));
+        texts.insert(
+            answer
+                .lines()
+                .filter_map(|line| line.strip_prefix("data: {"))
+                .map(|rest| serde_json::from_str::<Value>(&format!("{{{rest}")).unwrap())
+                .map(|event| event["choices"][0]["text"].as_str().unwrap_or_default().to_owned())
+                .collect::<String>(),
+        );
+    }
+    assert_eq!(texts.len(), 1, "{texts:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_above_the_limit_is_refused_with_413() {
+    let world = world(Options::default()).await;
+    let body = completion(json!("x".repeat(BODY_BYTES_MAX)), json!({}));
+    let mut client = Client::connect(world.address).await.unwrap();
+    let answer = client.post("/v1/completions", &body).await;
+    assert_eq!(answer.status, 413);
+    assert_eq!(answer.json()["error"]["code"], "body_too_large");
+    let below = completion(json!("x".repeat(BODY_BYTES_MAX / 2)), json!({}));
+    assert_eq!(post(&world, "/v1/completions", &below).await.status, 400);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_head_that_never_ends_is_cut_but_an_idle_connection_is_not() {
+    let mut options = Options::default();
+    options.connections.head_time_max = Duration::from_millis(300);
+    options.connections.idle_time_max = Duration::from_secs(60);
+    let world = world(options).await;
+    let mut pooled = Client::connect(world.address).await.unwrap();
+    assert_eq!(pooled.get("/health").await.status, 200);
+    let mut slow = TcpStream::connect(world.address).await.unwrap();
+    let began = Instant::now();
+    slow.write_all(b"GET /health HTTP/1.1\r\nhost: ").await.unwrap();
+    let mut rest = Vec::new();
+    let _ = slow.read_to_end(&mut rest).await;
+    assert!(began.elapsed() >= Duration::from_millis(250), "cut too early");
+    assert!(began.elapsed() < Duration::from_secs(5), "not cut");
+    assert_eq!(
+        pooled.get("/health").await.status,
+        200,
+        "the idle connection outlived the head's time"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_connection_is_closed_in_the_end() {
+    let mut options = Options::default();
+    options.connections.idle_time_max = Duration::from_millis(200);
+    let world = world(options).await;
+    let mut stream = TcpStream::connect(world.address).await.unwrap();
+    let mut rest = Vec::new();
+    tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(rest.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn above_the_connection_limit_probes_are_answered_and_requests_sent_away() {
+    let mut options = Options::default();
+    options.connections.connections_max = 2;
+    let world = world(options).await;
+    let mut first = Client::connect(world.address).await.unwrap();
+    let mut second = Client::connect(world.address).await.unwrap();
+    assert_eq!(first.get("/health").await.status, 200);
+    assert_eq!(second.get("/health").await.status, 200);
+    assert_eq!(get(&world, "/health").await.status, 200);
+    let refused = post(&world, "/v1/completions", &completion(json!("x"), json!({}))).await;
+    assert_eq!(refused.status, 503);
+    assert_eq!(refused.header("connection"), Some("close"));
+    assert_eq!(refused.json()["error"]["code"], "too_many_connections");
+    assert_eq!(first.post("/v1/completions", &completion(json!("x"), json!({}))).await.status, 200);
+}
+
+/// SplitMix64: a seeded run can be repeated.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % n as u64) as usize
+    }
+
+    fn of<'a, T>(&mut self, items: &'a [T]) -> &'a T {
+        &items[self.below(items.len())]
+    }
+
+    /// A JSON value of any kind.
+    fn value(&mut self, depth: usize) -> Value {
+        match self.below(if depth == 0 { 8 } else { 10 }) {
+            0 => Value::Null,
+            1 => json!(self.below(2) == 0),
+            2 => json!(self.below(400) as i64 - 40),
+            3 => json!(self.next()),
+            4 => json!((self.next() as i64) as f64 / 1e15),
+            5 => json!(*self.of(&["", "user", "text", "x", "scripted", "\u{0}€", "<s>", "f32"])),
+            6 => json!("long ".repeat(self.below(300))),
+            7 => json!(1e300),
+            8 => (0..self.below(5)).map(|_| self.value(depth - 1)).collect(),
+            _ => {
+                let keys = ["role", "content", "type", "text", "include_usage", "5", "name"];
+                (0..self.below(5))
+                    .map(|_| ((*self.of(&keys)).to_owned(), self.value(depth - 1)))
+                    .collect()
+            }
+        }
+    }
+
+    /// A body that is often almost right.
+    fn body(&mut self) -> Vec<u8> {
+        const NAMES: [&str; 36] = [
+            "model",
+            "prompt",
+            "messages",
+            "n",
+            "stop",
+            "seed",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "frequency_penalty",
+            "presence_penalty",
+            "repetition_penalty",
+            "logit_bias",
+            "logprobs",
+            "top_logprobs",
+            "echo",
+            "max_tokens",
+            "max_completion_tokens",
+            "stream",
+            "stream_options",
+            "user",
+            "cache_salt",
+            "ignore_eos",
+            "stop_token_ids",
+            "tools",
+            "response_format",
+            "suffix",
+            "best_of",
+            "chat_template_kwargs",
+            "add_generation_prompt",
+            "tokens",
+            "return_token_strs",
+            "add_special_tokens",
+            "store",
+            "zzz",
+        ];
+        let mut body = serde_json::Map::new();
+        body.insert("model".into(), json!("scripted"));
+        match self.below(4) {
+            0 => drop(body.insert("prompt".into(), json!("hi"))),
+            1 => drop(body.insert("messages".into(), json!([{"role": "user", "content": "hi"}]))),
+            2 => drop(body.insert("prompt".into(), json!([[1, 2], "three"]))),
+            _ => {}
+        }
+        for _ in 0..self.below(4) {
+            body.insert((*self.of(&NAMES)).into(), self.value(3));
+        }
+        let mut bytes = Value::Object(body).to_string().into_bytes();
+        for _ in 0..self.below(3) * self.below(2) {
+            let at = self.below(bytes.len());
+            match self.below(3) {
+                0 => bytes[at] = self.next() as u8,
+                1 => bytes.truncate(at.max(1)),
+                _ => bytes.insert(at, self.next() as u8),
+            }
+        }
+        bytes
+    }
+}
+
+/// Seconds of a fuzz run; a test run takes one.
+fn fuzz_time() -> Duration {
+    let seconds = std::env::var("PLIMSOLL_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(1))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fuzz_bodies_are_prepared_or_refused_by_a_named_error() {
+    let served = served(&Options::default());
+    let seed = std::env::var("PLIMSOLL_FUZZ_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1);
+    let mut dice = Dice(seed);
+    let chance = Chance { seed: 5, now_unix_seconds: 1_700_000_000 };
+    let (mut taken, mut refused) = (0u64, 0u64);
+    let end = Instant::now() + fuzz_time();
+    while Instant::now() < end {
+        let body = dice.body();
+        let outcomes = [
+            chat::prepare(&body, &served, &chance).map(drop),
+            completions::prepare(&body, &served, &chance).map(drop),
+            tokens::tokens_of(&body, &served, 0).map(drop),
+            tokens::text_of(&body, &served).map(drop),
+        ];
+        for outcome in outcomes {
+            match outcome {
+                Ok(()) => taken += 1,
+                Err(error) => {
+                    refused += 1;
+                    assert!(error.status.is_client_error() && !error.message.is_empty());
+                }
+            }
+        }
+    }
+    println!("{taken} bodies taken, {refused} refused");
+    assert!(taken > 100 && refused > 100, "the bodies are too wrong or too right to test anything");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fuzz_bodies_that_are_run_leave_nothing_behind() {
+    let world = world(Options { pages: 64, ..Options::default() }).await;
+    let mut dice = Dice(99);
+    let mut client = Client::connect(world.address).await.unwrap();
+    let mut answered = std::collections::BTreeMap::<u16, usize>::new();
+    for _ in 0..300 {
+        let path = *dice.of(&["/v1/completions", "/v1/chat/completions"]);
+        let request = client.request("POST", path, dice.body().into());
+        let answer = client.send(request).await.unwrap();
+        *answered.entry(answer.status.as_u16()).or_default() += 1;
+    }
+    assert!(answered.keys().all(|status| [200, 400, 404].contains(status)), "{answered:?}");
+    assert!(answered[&200] > 20, "{answered:?}");
+    assert_all_free(&world).await;
+}

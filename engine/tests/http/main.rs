@@ -1,0 +1,11 @@
+//! The engine from its socket to its step loop, over a scripted backend: what a client sees, what a drain promises, and
+//! what a crowd of rude clients leaves behind.
+
+// A panic is how a test fails.
+#![allow(clippy::unwrap_used)]
+
+mod answers;
+mod bodies;
+mod crowd;
+mod drain;
+mod world;
