@@ -127,7 +127,7 @@ pub struct Model {
             .message("spec.model.source: an hf:// source is hf://ORG/NAME or hf://ORG/NAME@REVISION, for instance hf://Qwen/Qwen3-0.6B@main"),
         validation = Rule::new("!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(/[A-Za-z0-9._/-]*)?$')")
             .message("spec.model.source: a pvc:// source is pvc://CLAIM or pvc://CLAIM/PATH, for instance pvc://models/llama-3.2-1b"),
-        validation = Rule::new("!self.startsWith('file://') || self.matches('^file:///[A-Za-z0-9._/ -]+$')")
+        validation = Rule::new("!self.startsWith('file://') || self.matches('^file:///[^[:cntrl:]]+$')")
             .message("spec.model.source: a file:// source has an absolute path here, for instance file:///models/llama; a path relative to the manifest works in `plimsoll up` only"),
         validation = Rule::new("!self.contains('..')")
             .message("spec.model.source must not contain '..': name the folder directly")

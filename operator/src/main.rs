@@ -1,1 +1,36 @@
-fn main() {}
+//! The `plimsoll` program: the command line enters, one verb runs, an exit code leaves.
+
+mod amount;
+mod ask;
+mod cli;
+mod engine;
+mod local;
+mod manifest;
+mod plan;
+mod show;
+mod spec;
+mod up;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Verb};
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().verb {
+        Verb::Up(args) => up::up(&args),
+        Verb::Plan(args) => local::print_plan(&args),
+        Verb::Crd => print_crd(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("plimsoll: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn print_crd() -> anyhow::Result<ExitCode> {
+    std::io::stdout().write_all(plimsoll_crds::generated::crd_yaml().as_bytes())?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,142 @@
+//! What `up` and `plan` share: a manifest and this machine enter; spec, facts and plan leave. The checks, the planner and
+//! the flags are the operator's own; only the machine is read here in place of a cluster.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use plimsoll_contract::facts::ModelFacts;
+
+use crate::cli::{LocalArgs, PlanArgs};
+use crate::engine::{self, Engine};
+use crate::plan::{self, NodeResources, PlanOutcome};
+use crate::spec::{Source, Spec};
+use crate::{amount, manifest, show};
+
+/// The spec that a manifest declares.
+pub fn spec(file: &Path) -> anyhow::Result<Spec> {
+    let object = manifest::read(file)?;
+    Spec::parse(&object).with_context(|| format!("{} cannot be used", file.display()))
+}
+
+/// The folder with the model's files; downloads them where the source is a hub.
+pub fn model_directory(spec: &Spec, engine: &Engine, args: &LocalArgs) -> anyhow::Result<PathBuf> {
+    match &spec.source {
+        Source::File { path } => Ok(PathBuf::from(path)),
+        Source::Claim { name, .. } => bail!(
+            "spec.model.source is a PersistentVolumeClaim ({name}), which only a cluster has: use file:// or hf:// here"
+        ),
+        Source::Hub { repo, revision } => {
+            if spec.credentials.is_some() && args.hub_token_file.is_none() {
+                bail!(
+                    "spec.model.credentials names a Secret, which only a cluster has: give --hub-token-file FILE"
+                );
+            }
+            let folder = format!("{repo}@{revision}").replace('/', "--");
+            let into = cache(args.cache_dir.as_deref())?.join(folder);
+            eprintln!("fetching {} into {}", spec.source, into.display());
+            engine.fetch(&spec.source.to_string(), &into, args.hub_token_file.as_deref())?;
+            Ok(into)
+        }
+    }
+}
+
+fn cache(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    if let Some(given) = given {
+        return Ok(given.to_path_buf());
+    }
+    let folder = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .filter(|path| path.is_absolute())
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
+        .context("neither XDG_CACHE_HOME nor HOME is set: give --cache-dir DIR")?;
+    Ok(folder.join("plimsoll/models"))
+}
+
+/// This machine as a node: its CPUs, and the memory that is available or that its cgroup leaves.
+pub fn machine() -> anyhow::Result<NodeResources> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
+    let available = available_bytes(&meminfo).context("/proc/meminfo has no MemAvailable")?;
+    let cpus = std::thread::available_parallelism()?.get();
+    Ok(NodeResources {
+        name: "this machine".to_owned(),
+        memory_bytes: cgroup_limit().unwrap_or(u64::MAX).min(available),
+        cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
+    })
+}
+
+fn available_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+    Some(kibibytes << 10)
+}
+
+/// Version 2 or 1, as a container sees its own; absent, or "max", where there is no limit.
+fn cgroup_limit() -> Option<u64> {
+    ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
+}
+
+/// The verb `plan`.
+pub fn print_plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {
+    let spec = spec(&args.file)?;
+    let facts = match facts(&spec, args) {
+        Ok(facts) => facts,
+        Err(error) => {
+            eprintln!("plimsoll: {error:#}");
+            return Ok(engine::exit_code(&error));
+        }
+    };
+    let node = planned_machine(args)?;
+    let outcome = plan::plan(&spec, &facts, std::slice::from_ref(&node));
+    print!("{}", show::rendered(args.output, &spec, &facts, &outcome));
+    Ok(exit_code(&outcome))
+}
+
+fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
+    if let Some(file) = &args.facts {
+        let text =
+            std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        return serde_json::from_slice(&text)
+            .with_context(|| format!("{} holds no facts", file.display()));
+    }
+    if let Source::Claim { name, .. } = &spec.source {
+        bail!(
+            "the model lies in the PersistentVolumeClaim {name}, out of reach from here: give --facts FILE, as `plimsoll-engine inspect --json` prints it"
+        );
+    }
+    let engine = Engine::find(args.local.engine.as_deref())?;
+    engine.inspect(&model_directory(spec, &engine, &args.local)?)
+}
+
+fn planned_machine(args: &PlanArgs) -> anyhow::Result<NodeResources> {
+    let mut node = machine()?;
+    if let Some(memory) = &args.node_memory {
+        node.memory_bytes =
+            amount::units(memory).context("--node-memory must be a quantity, for instance 64Gi")?;
+    }
+    if let Some(cpu) = &args.node_cpu {
+        let millis =
+            amount::millis(cpu).context("--node-cpu must be a quantity, for instance 16")?;
+        node.cpu_millis = u32::try_from(millis).unwrap_or(u32::MAX);
+    }
+    Ok(node)
+}
+
+/// A shell can tell whether there is a plan.
+fn exit_code(outcome: &PlanOutcome) -> ExitCode {
+    if outcome.chosen.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn available_memory_is_read_in_kibibytes() {
+        let text = "MemTotal:       24570880 kB\nMemAvailable:   23000000 kB\nBuffers: 1 kB\n";
+        assert_eq!(available_bytes(text), Some(23_000_000 << 10));
+        assert_eq!(available_bytes("MemTotal: 1 kB\n"), None);
+    }
+}

@@ -1,0 +1,82 @@
+//! Every way to run the model on the machines there are, feasible or not: what the engine can run × machine class. Pure.
+
+use std::fmt;
+
+use plimsoll_contract::abilities::{ABILITIES, Ability, Backend};
+
+use super::{NodeResources, explain};
+use crate::spec::Spec;
+
+/// Part of the largest node's CPU that a pod requests where the spec names none: three neighbours fit beside it.
+const CPU_SHARE_DEFAULT: u32 = 4;
+/// The least CPU that is requested.
+const CPU_MILLIS_MIN: u32 = 100;
+
+/// A class of machine, by the best of its nodes: one pod has to fit on one of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    pub class: String,
+    pub memory_bytes: u64,
+    pub cpu_millis: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Position in the engine's order of preference; lower is better.
+    pub preference: usize,
+    pub ability: Ability,
+    pub machine: Machine,
+    pub tensor_parallel: u32,
+    /// Bytes that one pod may use: the node's, or what the spec allows of it.
+    pub capacity: u64,
+}
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dtype = explain::dtype(self.ability.weights);
+        write!(out, "None · {dtype} · TP {} · {}", self.tensor_parallel, self.machine.class)
+    }
+}
+
+pub fn candidates(spec: &Spec, nodes: &[NodeResources]) -> Vec<Candidate> {
+    let Some(cpu) = cpu_machine(spec, nodes) else { return Vec::new() };
+    let capacity = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(cpu.memory_bytes);
+    let runs_here = |ability: &Ability| match ability.backend {
+        Backend::Cpu => true,
+    };
+    ABILITIES
+        .iter()
+        .enumerate()
+        .filter(|(_, ability)| runs_here(ability))
+        .map(|(preference, ability)| Candidate {
+            preference,
+            ability: *ability,
+            machine: cpu.clone(),
+            tensor_parallel: 1,
+            capacity,
+        })
+        .collect()
+}
+
+/// CPU to request for one pod.
+pub fn cpu_request(spec: &Spec, machine: &Machine) -> u32 {
+    spec.budget
+        .cpu_millis
+        .unwrap_or_else(|| (machine.cpu_millis / CPU_SHARE_DEFAULT).max(CPU_MILLIS_MIN))
+}
+
+/// The node with the most memory among those with enough CPU; with too little CPU everywhere, the one with the most, so
+/// that the refusal can say how much there is.
+fn cpu_machine(spec: &Spec, nodes: &[NodeResources]) -> Option<Machine> {
+    let wanted = spec.budget.cpu_millis.unwrap_or(0);
+    let best = nodes
+        .iter()
+        .filter(|node| node.cpu_millis >= wanted)
+        .max_by_key(|node| (node.memory_bytes, node.cpu_millis))
+        .or_else(|| nodes.iter().max_by_key(|node| (node.cpu_millis, node.memory_bytes)))?;
+    Some(Machine {
+        class: "cpu".to_owned(),
+        memory_bytes: best.memory_bytes,
+        cpu_millis: best.cpu_millis,
+    })
+}

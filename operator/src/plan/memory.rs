@@ -1,0 +1,145 @@
+//! Does a candidate fit, and how much KV cache has room beside it? Pure; the sum is the contract's, which the engine
+//! computes again before it loads.
+
+use plimsoll_contract::abilities::PAGE_TOKENS;
+use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::memory::{self, MemoryPlan, StepLimits};
+use plimsoll_crds::Reason;
+
+use super::candidates::Candidate;
+use super::{CONCURRENCY_DEFAULT, REQUEST_TOKENS_DEFAULT, STEP_TOKENS_MAX, explain};
+use crate::spec::{Spec, Workload};
+
+/// A candidate's memory, once it fits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fitted {
+    pub memory: MemoryPlan,
+    pub limits: StepLimits,
+    pub context_tokens: u32,
+    /// KV tokens that the spec asks for, in so many words.
+    pub demanded_tokens: u64,
+}
+
+impl Fitted {
+    /// KV tokens that serve what the spec asks for.
+    pub fn served_tokens(&self) -> u64 {
+        self.memory.kv_tokens.min(self.demanded_tokens)
+    }
+
+    pub fn carries_workload(&self) -> bool {
+        self.served_tokens() == self.demanded_tokens
+    }
+}
+
+/// The largest KV cache worth having, or the reason and the sum that refuse the candidate.
+pub fn fit(
+    spec: &Spec,
+    facts: &ModelFacts,
+    candidate: &Candidate,
+) -> Result<Fitted, (Reason, String)> {
+    refuse_what_memory_cannot_mend(spec, facts, candidate)?;
+    let Candidate { ability, capacity, .. } = *candidate;
+    let limits = StepLimits {
+        step_tokens_max: STEP_TOKENS_MAX,
+        running_max: spec.workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT),
+    };
+    let need = Need::of(spec, facts);
+    let fixed = memory::plan(facts, ability, limits, 0).total();
+    let page = memory::kv_bytes(facts, ability, u64::from(PAGE_TOKENS)).max(1);
+    let room = |bytes: u64| (bytes.saturating_sub(fixed) / page) * u64::from(PAGE_TOKENS);
+
+    let least = memory::plan(facts, ability, limits, need.least);
+    if least.total() > capacity {
+        return Err((Reason::DoesNotFit, explain::does_not_fit(&least, capacity)));
+    }
+    // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without.
+    let polite = if spec.budget.memory_bytes.is_some() { capacity } else { capacity / 2 };
+    let tokens = need.wanted.min(room(polite)).max(need.least);
+    let memory = memory::plan(facts, ability, limits, tokens);
+    let context = need.context_wanted.min(memory.kv_tokens);
+    Ok(Fitted {
+        memory,
+        limits,
+        context_tokens: u32::try_from(context).expect("no longer than what was wanted"),
+        demanded_tokens: in_pages(need.demanded),
+    })
+}
+
+fn refuse_what_memory_cannot_mend(
+    spec: &Spec,
+    facts: &ModelFacts,
+    candidate: &Candidate,
+) -> Result<(), (Reason, String)> {
+    if let Some(method) = &facts.quantization {
+        return Err((Reason::UnsupportedModel, explain::quantized_on_disk(method)));
+    }
+    if let Some(context) = spec.context_tokens.filter(|context| *context > facts.context_tokens) {
+        return Err((
+            Reason::InvalidSpec,
+            explain::context_too_long(context, facts.context_tokens),
+        ));
+    }
+    let Workload { prompt_tokens, output_tokens, .. } = spec.workload;
+    let request = u64::from(prompt_tokens.unwrap_or(0)) + u64::from(output_tokens.unwrap_or(0));
+    if request > u64::from(facts.context_tokens) {
+        return Err((
+            Reason::InvalidSpec,
+            explain::request_too_long(request, facts.context_tokens),
+        ));
+    }
+    if let Some(wanted) = spec.cache_dtype.filter(|dtype| *dtype != candidate.ability.kv) {
+        return Err((Reason::InvalidSpec, explain::other_cache_dtype(wanted)));
+    }
+    let wanted_cpu = spec.budget.cpu_millis.unwrap_or(0);
+    if wanted_cpu > candidate.machine.cpu_millis {
+        let why = explain::too_little_cpu(wanted_cpu, candidate.machine.cpu_millis);
+        return Err((Reason::DoesNotFit, why));
+    }
+    Ok(())
+}
+
+/// KV tokens by how much they matter.
+struct Need {
+    /// Without these the plan is refused.
+    least: u64,
+    /// What the spec asks for; at least `least`.
+    demanded: u64,
+    /// What would be of use; at least `demanded`.
+    wanted: u64,
+    context_wanted: u64,
+}
+
+impl Need {
+    fn of(spec: &Spec, facts: &ModelFacts) -> Need {
+        let trained = u64::from(facts.context_tokens);
+        let context = spec.context_tokens.map(u64::from);
+        let context_wanted = context.unwrap_or(trained);
+        let request = request_tokens(&spec.workload);
+        let usual = u64::from(REQUEST_TOKENS_DEFAULT);
+        let request_or_usual = request.unwrap_or(usual).min(context_wanted);
+        let concurrency = u64::from(spec.workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT));
+        if let Some(tokens) = spec.cache_tokens {
+            let context_wanted = context_wanted.min(tokens);
+            return Need { least: tokens, demanded: tokens, wanted: tokens, context_wanted };
+        }
+        let least = context.unwrap_or(request_or_usual);
+        let load = concurrency * request_or_usual;
+        let says_load = request.is_some() || spec.workload.concurrency.is_some();
+        let demanded = if says_load { load.max(least) } else { least };
+        Need { least, demanded, wanted: demanded.max(context_wanted).max(load), context_wanted }
+    }
+}
+
+/// Tokens of one request as far as the spec says; a missing half is what the usual length leaves, at least one token.
+fn request_tokens(workload: &Workload) -> Option<u64> {
+    let usual = u64::from(REQUEST_TOKENS_DEFAULT);
+    match (workload.prompt_tokens, workload.output_tokens) {
+        (Some(prompt), Some(output)) => Some(u64::from(prompt) + u64::from(output)),
+        (Some(one), None) | (None, Some(one)) => Some(usual.max(u64::from(one) + 1)),
+        (None, None) => None,
+    }
+}
+
+fn in_pages(tokens: u64) -> u64 {
+    tokens.next_multiple_of(u64::from(PAGE_TOKENS))
+}

@@ -1,0 +1,274 @@
+//! The planner by tables and by properties over random models, machines and wishes.
+
+use std::time::{Duration, Instant};
+
+use plimsoll_contract::facts::{Family, ParametersByRole};
+use plimsoll_crds::LLMDeployment;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+use super::*;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+fn spec(fields: Value) -> Spec {
+    let mut spec = json!({"model": {"source": "file:///m"}});
+    spec.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let object: LLMDeployment = serde_json::from_value(json!({
+        "apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
+        "metadata": {"name": "a"}, "spec": spec,
+    }))
+    .unwrap();
+    Spec::parse(&object).unwrap()
+}
+
+/// A model of about a billion parameters: 4.6 GiB in F32, 128 KiB of F32 cache per token.
+fn facts() -> ModelFacts {
+    ModelFacts {
+        family: Family::Llama,
+        architecture: "LlamaForCausalLM".to_owned(),
+        revision: None,
+        parameters: ParametersByRole {
+            embedding: 262_668_288,
+            attention: 167_772_160,
+            mlp: 805_306_368,
+            norm: 67_584,
+            head: 0,
+        },
+        disk_bytes: [("BF16".to_owned(), 2_471_628_800)].into(),
+        quantization: None,
+        layers: 16,
+        hidden: 2048,
+        intermediate: 8192,
+        heads: 32,
+        kv_heads: 8,
+        head_dim: 64,
+        vocabulary: 128_256,
+        context_tokens: 131_072,
+        tied_head: true,
+        sliding_window: None,
+        chat_template: true,
+    }
+}
+
+fn node(memory_bytes: u64) -> NodeResources {
+    NodeResources { name: "n".to_owned(), memory_bytes, cpu_millis: 8000 }
+}
+
+#[test]
+fn a_roomy_node_runs_the_most_exact_type_and_leaves_half_of_itself() {
+    let outcome = plan(&spec(json!({})), &facts(), &[node(64 * GIB)]);
+    let chosen = outcome.chosen.unwrap();
+    assert_eq!(chosen.dtype, Dtype::F32);
+    assert_eq!(chosen.cache.tokens, 131_072);
+    assert_eq!(chosen.context_tokens, 131_072);
+    assert!(chosen.memory.total() <= 32 * GIB);
+    assert_eq!(chosen.cpu_millis, 2000);
+    assert!(chosen.why.contains("F32 is the most exact type"), "{}", chosen.why);
+    assert_eq!(outcome.rejected.len(), 1);
+    assert!(outcome.rejected[0].why.contains("more exact"), "{:?}", outcome.rejected);
+}
+
+#[test]
+fn where_the_exact_type_does_not_fit_the_half_sized_one_is_taken_with_the_sum() {
+    let outcome = plan(&spec(json!({})), &facts(), &[node(4 * GIB)]);
+    let chosen = outcome.chosen.unwrap();
+    assert_eq!(chosen.dtype, Dtype::F16);
+    assert!(chosen.memory.total() <= 4 * GIB);
+    let [rejected] = &outcome.rejected[..] else { panic!("{:?}", outcome.rejected) };
+    assert_eq!(rejected.candidate, "None · F32 · TP 1 · cpu");
+    assert!(
+        rejected.why.starts_with("needs 5.2 GiB of 4.0 GiB: weights 4.6 GiB"),
+        "{}",
+        rejected.why
+    );
+}
+
+#[test]
+fn a_load_that_only_the_half_sized_type_carries_decides_for_it() {
+    let load = json!({"workload": {"promptTokens": 1024, "outputTokens": 1024, "concurrency": 32},
+        "resources": {"memory": "10Gi"}});
+    let outcome = plan(&spec(load), &facts(), &[node(64 * GIB)]);
+    let chosen = outcome.chosen.unwrap();
+    assert_eq!((chosen.dtype, chosen.cache.tokens), (Dtype::F16, 65_536));
+    assert!(outcome.rejected[0].why.contains("of the 65,536 tokens"), "{:?}", outcome.rejected);
+}
+
+#[test]
+fn nothing_fits_means_the_sum_of_every_candidate() {
+    let outcome = plan(&spec(json!({})), &facts(), &[node(512 * MIB)]);
+    assert_eq!(outcome.chosen, None);
+    let (reason, message) = outcome.refusal().unwrap();
+    assert_eq!(reason, Reason::DoesNotFit);
+    assert!(message.contains("of 512 MiB"), "{message}");
+    assert!(message.contains("F32") && message.contains("F16"), "{message}");
+}
+
+#[test]
+fn wishes_that_no_machine_can_grant_are_refused_by_name() {
+    for (fields, reason, words) in [
+        (json!({"contextTokens": 200_000}), Reason::InvalidSpec, "trained for 131,072"),
+        (
+            json!({"workload": {"promptTokens": 131_072, "outputTokens": 1}}),
+            Reason::InvalidSpec,
+            "are 131,073",
+        ),
+        (json!({"resources": {"cpu": "64"}}), Reason::DoesNotFit, "asks for 64 CPUs"),
+        (json!({"resources": {"memory": "1Gi"}}), Reason::DoesNotFit, "of 1.0 GiB"),
+    ] {
+        let outcome = plan(&spec(fields), &facts(), &[node(64 * GIB)]);
+        let (found, message) = outcome.refusal().unwrap();
+        assert_eq!(found, reason, "{message}");
+        assert!(message.contains(words), "{message}");
+    }
+    let quantized = ModelFacts { quantization: Some("awq".to_owned()), ..facts() };
+    let outcome = plan(&spec(json!({})), &quantized, &[node(64 * GIB)]);
+    assert_eq!(outcome.refusal().unwrap().0, Reason::UnsupportedModel);
+    assert_eq!(plan(&spec(json!({})), &facts(), &[]).refusal().unwrap().0, Reason::NoNodes);
+}
+
+#[test]
+fn a_cache_dtype_and_a_cache_size_are_obeyed() {
+    let fields = json!({"cache": {"dtype": "F16", "tokens": 5000}, "contextTokens": 4096});
+    let chosen = plan(&spec(fields), &facts(), &[node(64 * GIB)]).chosen.unwrap();
+    assert_eq!((chosen.cache.dtype, chosen.cache.tokens), (Dtype::F16, 5056));
+    assert_eq!(chosen.context_tokens, 4096);
+}
+
+#[test]
+fn flags_say_every_value_of_the_plan() {
+    let spec = spec(json!({"cache": {"prefixReuse": false}, "rollout": {"drainSeconds": 7}}));
+    let chosen = plan(&spec, &facts(), &[node(16 * GIB)]).chosen.unwrap();
+    let flags = flags(&chosen, &spec);
+    for flag in [
+        "--served-name=a",
+        "--dtype=f32",
+        "--running-max=32",
+        "--step-tokens-max=512",
+        "--drain-timeout=7s",
+        "--no-prefix-reuse",
+        &format!("--kv-tokens={}", chosen.cache.tokens),
+        &format!("--context-tokens={}", chosen.context_tokens),
+    ] {
+        assert!(flags.iter().any(|found| found == flag), "{flag} in {flags:?}");
+    }
+}
+
+#[test]
+fn the_hash_follows_values_and_nothing_else() {
+    let base = plan(&spec(json!({})), &facts(), &[node(64 * GIB)]).chosen.unwrap();
+    let other_sentence = Plan { why: "other".to_owned(), capacity: 1, ..base.clone() };
+    assert_eq!(hash(&base), hash(&other_sentence));
+    let other_value = Plan { running_max: 31, ..base.clone() };
+    assert_ne!(hash(&base), hash(&other_value));
+    assert_eq!(base.hash.len(), 8);
+}
+
+#[test]
+fn status_fits_its_schema_bounds() {
+    let outcome = plan(&spec(json!({})), &facts(), &[node(64 * GIB)]);
+    let status = status(&outcome, outcome.chosen.as_ref().unwrap());
+    assert_eq!(status.cache.dtype, "F32");
+    assert_eq!(status.memory_bytes.capacity, (64 * GIB) as i64);
+    let MemoryStatus { weights, kv, workspace, process, total, .. } = status.memory_bytes;
+    assert_eq!(weights + kv + workspace + process, total);
+    assert!(status.rejected.len() <= REJECTED_MAX);
+}
+
+fn any_facts() -> impl Strategy<Value = ModelFacts> {
+    (1u32..=80, 1u32..=16, 1u32..=8, 6u32..=8, 1u64..=80_000_000_000, 64u32..=262_144).prop_map(
+        |(layers, kv_heads, groups, log_head_dim, parameters, context_tokens)| ModelFacts {
+            layers,
+            kv_heads,
+            heads: kv_heads * groups,
+            head_dim: 1 << log_head_dim,
+            hidden: kv_heads * groups << log_head_dim,
+            parameters: ParametersByRole { mlp: parameters, ..Default::default() },
+            context_tokens,
+            ..facts()
+        },
+    )
+}
+
+fn any_spec() -> impl Strategy<Value = Spec> {
+    let tokens = || proptest::option::of(64i64..=200_000);
+    let workload = (tokens(), tokens(), proptest::option::of(1i32..=256));
+    (workload, tokens(), tokens(), proptest::option::of(1u64..=200), any::<bool>()).prop_map(
+        |((prompt, output, concurrency), context, cache, memory, half)| Spec {
+            workload: crate::spec::Workload {
+                prompt_tokens: prompt.map(|tokens| tokens as u32),
+                output_tokens: output.map(|tokens| tokens as u32),
+                concurrency: concurrency.map(|requests| requests as u32),
+            },
+            context_tokens: context.map(|tokens| tokens as u32),
+            cache_tokens: cache.map(|tokens| tokens.max(context.unwrap_or(64)) as u64),
+            cache_dtype: half.then_some(Dtype::F16),
+            budget: crate::spec::Budget {
+                memory_bytes: memory.map(|gib| gib * GIB),
+                cpu_millis: None,
+            },
+            ..spec(json!({}))
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn more_memory_never_makes_a_plan_infeasible_nor_serves_less(
+        spec in any_spec(), facts in any_facts(), small in 1u64..=200, more in 1u64..=200,
+    ) {
+        let before = plan(&spec, &facts, &[node(small * GIB)]);
+        let after = plan(&spec, &facts, &[node((small + more) * GIB)]);
+        if let Some(before) = before.chosen {
+            let after = after.chosen.expect("more memory never makes a plan infeasible");
+            prop_assert!(after.dtype <= before.dtype || after.cache.tokens >= before.cache.tokens);
+            if after.dtype == before.dtype {
+                prop_assert!(after.cache.tokens >= before.cache.tokens);
+                prop_assert!(after.context_tokens >= before.context_tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn a_chosen_plan_fits_and_serves_its_longest_request(
+        spec in any_spec(), facts in any_facts(), memory in 1u64..=400,
+    ) {
+        if let Some(chosen) = plan(&spec, &facts, &[node(memory * GIB)]).chosen {
+            prop_assert!(chosen.memory.total() <= chosen.capacity);
+            prop_assert!(u64::from(chosen.context_tokens) <= chosen.cache.tokens);
+            prop_assert!(chosen.context_tokens <= facts.context_tokens);
+            if let Some(context) = spec.context_tokens {
+                prop_assert_eq!(chosen.context_tokens, context);
+            }
+            if let Some(budget) = spec.budget.memory_bytes {
+                prop_assert!(chosen.memory.total() <= budget);
+            }
+        }
+    }
+
+    #[test]
+    fn the_order_of_nodes_does_not_matter(
+        spec in any_spec(), facts in any_facts(), sizes in prop::collection::vec(1u64..=400, 0..6),
+    ) {
+        let mut nodes: Vec<_> = sizes.iter().map(|gib| node(gib * GIB)).collect();
+        let forward = plan(&spec, &facts, &nodes);
+        nodes.reverse();
+        prop_assert_eq!(forward, plan(&spec, &facts, &nodes));
+    }
+}
+
+#[test]
+fn a_plan_over_a_thousand_nodes_takes_less_than_a_millisecond() {
+    let nodes: Vec<_> = (1..=1000).map(|index| node(index * GIB)).collect();
+    let (spec, facts) = (spec(json!({})), facts());
+    let fastest = (0..20)
+        .map(|_| {
+            let start = Instant::now();
+            assert!(plan(&spec, &facts, &nodes).chosen.is_some());
+            start.elapsed()
+        })
+        .min()
+        .unwrap();
+    assert!(fastest < Duration::from_millis(1), "{fastest:?}");
+}
