@@ -19,27 +19,27 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the clone")
 }
 
-/// Operator and engine as images, from the programs that were built beside this one.
-pub fn images() -> Result<[Image; 2]> {
-    let image = |name: &str, program: &str| {
-        let destination = format!("/usr/bin/{program}");
-        // The tag that the chart asks for by itself: its appVersion.
-        let image =
-            Image::named(&format!("docker.io/plimsoll/{name}:{}", env!("CARGO_PKG_VERSION")))
-                .program(&built(program)?, &destination)?
-                .file(Path::new(CERTIFICATES), CERTIFICATES, 0o644)
-                .entrypoint(&[&destination]);
-        anyhow::Ok(image)
-    };
-    Ok([image("operator", "plimsoll")?, image("engine", "plimsoll-engine")?])
+/// `operator` or `engine` as an image, from the program that was built beside this one.
+pub fn image(name: &str, program: &str) -> Result<Image> {
+    let destination = format!("/usr/bin/{program}");
+    // The tag that the chart asks for by itself: its appVersion.
+    let image = Image::named(&format!("docker.io/plimsoll/{name}:{}", env!("CARGO_PKG_VERSION")))
+        .program(&built(program)?, &destination)?
+        .file(Path::new(CERTIFICATES), CERTIFICATES, 0o644)
+        .entrypoint(&[&destination]);
+    Ok(image)
+}
+
+/// Makes the engine's image known to the node.
+pub fn import_engine(node: &Node) -> Result<()> {
+    node.import(&image("engine", "plimsoll-engine")?)
 }
 
 /// Imports the images and installs the chart with `settings` (Helm's `key=value`); returns when the
 /// operator is Available.
 pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
-    for image in images()? {
-        node.import(&image)?;
-    }
+    import_engine(node)?;
+    node.import(&image("operator", "plimsoll")?)?;
     restricted_namespace(node, NAMESPACE)?;
     let chart = root().join("charts/plimsoll").display().to_string();
     let mut words = vec!["install", RELEASE, &chart, "--namespace", NAMESPACE];
