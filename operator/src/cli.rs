@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::run::RunArgs;
+
 /// Declare a model; Plimsoll plans how to run it, runs it, and says why.
 #[derive(Parser)]
 #[command(name = "plimsoll", version, arg_required_else_help = true)]
@@ -15,6 +17,8 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub enum Verb {
+    /// Watch LLMDeployments in a cluster, and run them
+    Run(RunArgs),
     /// Serve a manifest on this machine, with no cluster: the engine as a child process
     Up(UpArgs),
     /// Print the plan for a manifest, and why, without running anything

@@ -1,14 +1,28 @@
 //! The `plimsoll` program: the command line enters, one verb runs, an exit code leaves.
 
 mod amount;
+mod apply;
 mod ask;
 mod cli;
+mod desired;
 mod engine;
+mod events;
+mod facts;
+mod fields;
+mod inspect;
+mod leader;
 mod local;
 mod manifest;
+mod metrics;
+mod observe;
 mod plan;
+mod pods;
+mod reconcile;
+mod revision;
+mod run;
 mod show;
 mod spec;
+mod status;
 mod up;
 
 use std::io::Write;
@@ -20,6 +34,7 @@ use crate::cli::{Cli, Verb};
 
 fn main() -> ExitCode {
     let result = match Cli::parse().verb {
+        Verb::Run(args) => run::run(args),
         Verb::Up(args) => up::up(&args),
         Verb::Plan(args) => local::print_plan(&args),
         Verb::Crd => print_crd(),

@@ -1,0 +1,282 @@
+//! In: objects we want, and the caches. Out: the cluster made so, by server-side apply under one field manager, and only
+//! where a field of ours differs. Never here: what to want. An object that belongs to someone else is left alone.
+
+use std::marker::PhantomData;
+
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
+use kube::{Api, Client, ResourceExt};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus};
+use serde_json::Value;
+use thiserror::Error;
+
+use crate::desired::{Identity, names};
+use crate::fields::{differs, digest};
+use crate::metrics::Metrics;
+use crate::observe::{Cached, Caches};
+
+/// One object we want, with its kind in the type, so that it meets only caches and clients of that kind.
+pub struct Want<K> {
+    /// Whole, as it is sent: kind, name, namespace, labels, owners and the fields we own.
+    pub body: Value,
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K: Cached> Want<K> {
+    pub fn new(body: Value) -> Self {
+        Want { body, kind: PhantomData }
+    }
+
+    pub fn name(&self) -> &str {
+        self.body["metadata"]["name"].as_str().expect("every object we render has a name")
+    }
+
+    pub fn namespace(&self) -> &str {
+        self.body["metadata"]["namespace"].as_str().expect("every object we render has a namespace")
+    }
+}
+
+#[derive(Debug, Error)]
+pub enum ApplyError {
+    /// The name is taken by an object that is not ours; we never take it over.
+    #[error(
+        "{kind} {name} exists and belongs to {owner}; rename or delete it, or rename this LLMDeployment"
+    )]
+    Foreign { kind: String, name: String, owner: String },
+    /// The child of a deleted object of the same name is still being collected.
+    #[error("{kind} {name} of a deleted LLMDeployment is still being removed")]
+    Leaving { kind: String, name: String },
+    /// The API server does not accept what we rendered, for instance because of the pod template overlay.
+    #[error("the API server refuses {kind} {name}: {message}")]
+    Refused { kind: String, name: String, message: String },
+    #[error("failed to write {kind} {name}")]
+    Api { kind: String, name: String, source: kube::Error },
+}
+
+/// Writes for one object of ours.
+pub struct Writer<'a> {
+    pub client: &'a Client,
+    pub caches: &'a Caches,
+    pub metrics: &'a Metrics,
+}
+
+/// Whose an object is.
+#[derive(Clone, Copy)]
+pub enum Owner<'a> {
+    /// One LLMDeployment controls it.
+    Controller { uid: &'a str },
+    /// The LLMDeployments of one model source share it.
+    Model { key: &'a str },
+}
+
+impl Writer<'_> {
+    /// Makes the cluster hold `want`; true when that took a write.
+    pub async fn apply<K: Cached>(
+        &self,
+        want: &Want<K>,
+        owner: Owner<'_>,
+    ) -> Result<bool, ApplyError> {
+        let (namespace, name) = (want.namespace(), want.name());
+        let mut body = want.body.clone();
+        // A field we stop sending shows in no comparison with the live object; it shows here.
+        body["metadata"]["annotations"][names::APPLIED] = digest(&want.body, 16).into();
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let live = match self.caches.get::<K>(namespace, name) {
+            Some(live) => Some(live),
+            // The cache sees only what carries our label. Before we create, we ask whether the name is free.
+            None => api.get_opt(name).await.map_err(|source| failed(want, source))?.map(Into::into),
+        };
+        if let Some(live) = &live {
+            check_owner(live.as_ref(), owner)?;
+            let live = serde_json::to_value(live.as_ref()).expect("objects of the API are JSON");
+            if !differs(&body, &live) {
+                return Ok(false);
+            }
+        }
+        let params = PatchParams::apply(names::MANAGER).force();
+        let answer = api.patch(name, &params, &Patch::Apply(&body)).await;
+        let written = answer.map_err(|source| failed(want, source))?;
+        self.wrote(&written, "applied").await;
+        Ok(true)
+    }
+
+    /// Creates `want` where it is absent, and never changes it after; true when that took a write. Revisions and what
+    /// several objects share are written so: whoever comes second joins.
+    pub async fn create<K: Cached>(
+        &self,
+        want: &Want<K>,
+        owner: Owner<'_>,
+    ) -> Result<bool, ApplyError> {
+        let (namespace, name) = (want.namespace(), want.name());
+        if let Some(live) = self.caches.get::<K>(namespace, name) {
+            check_owner(live.as_ref(), owner)?;
+            return Ok(false);
+        }
+        let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
+        let body =
+            serde_json::from_value(want.body.clone()).expect("what we render is of its kind");
+        let params = PostParams { field_manager: Some(names::MANAGER.to_owned()), dry_run: false };
+        match api.create(&params, &body).await {
+            Ok(written) => {
+                self.wrote(&written, "created").await;
+                Ok(true)
+            }
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+                let live = api.get(name).await.map_err(|source| failed(want, source))?;
+                check_owner(&live, owner).map(|()| false)
+            }
+            Err(source) => Err(failed(want, source)),
+        }
+    }
+
+    /// Makes the owners of a cached, shared object be `owners`. Conditional on what the cache holds: of two who join at
+    /// once, one tries again.
+    pub async fn set_owners<K: Cached>(
+        &self,
+        live: &K,
+        owners: &[OwnerReference],
+    ) -> Result<(), ApplyError> {
+        let (namespace, name) = (live.namespace().unwrap_or_default(), live.name_any());
+        let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
+        let patch = serde_json::json!({"metadata": {
+            "resourceVersion": live.resource_version(), "ownerReferences": owners,
+        }});
+        let params = PatchParams {
+            field_manager: Some(names::MANAGER.to_owned()),
+            ..PatchParams::default()
+        };
+        let kind = K::kind(&()).into_owned();
+        match api.patch(&name, &params, &Patch::Merge(&patch)).await {
+            Ok(written) => {
+                self.wrote(&written, "shared").await;
+                Ok(())
+            }
+            Err(source) => Err(ApplyError::Api { kind, name, source }),
+        }
+    }
+
+    /// What the API server would make of `want`; nothing is stored.
+    pub async fn rehearse<K: Cached>(&self, want: &Want<K>) -> Result<Value, ApplyError> {
+        let api: Api<K> = Api::namespaced(self.client.clone(), want.namespace());
+        let params = PatchParams { dry_run: true, ..PatchParams::apply(names::MANAGER).force() };
+        let answer = api.patch(want.name(), &params, &Patch::Apply(&want.body)).await;
+        let answered = answer.map_err(|source| failed(want, source))?;
+        Ok(serde_json::to_value(answered).expect("objects of the API are JSON"))
+    }
+
+    /// A single replica has no budget; one that stands from before goes.
+    pub async fn prune_budget(&self, identity: &Identity) -> Result<(), ApplyError> {
+        let Identity { namespace, name, uid } = identity;
+        match self.caches.get::<PodDisruptionBudget>(namespace, name) {
+            Some(live) if check_owner(live.as_ref(), Owner::Controller { uid }).is_ok() => {
+                self.delete(live.as_ref()).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes the whole status. The uid makes sure that it is this object and no later one of its name.
+    pub async fn write_status(
+        &self,
+        identity: &Identity,
+        status: &LLMDeploymentStatus,
+    ) -> Result<(), ApplyError> {
+        let Identity { namespace, name, uid } = identity;
+        let api: Api<LLMDeployment> = Api::namespaced(self.client.clone(), namespace);
+        let body = serde_json::json!({
+            "apiVersion": names::API_VERSION,
+            "kind": names::KIND,
+            "metadata": {"name": name, "namespace": namespace, "uid": uid},
+            "status": status,
+        });
+        let params = PatchParams::apply(names::MANAGER).force();
+        match api.patch_status(name, &params, &Patch::Apply(&body)).await {
+            Ok(written) => {
+                let version = written.resource_version().unwrap_or_default();
+                self.metrics.wrote("Status");
+                self.caches.catch_up::<LLMDeployment>(namespace, name, &version).await;
+                Ok(())
+            }
+            Err(source) => {
+                Err(ApplyError::Api { kind: names::KIND.to_owned(), name: name.clone(), source })
+            }
+        }
+    }
+
+    /// Counts a write, and waits until the cache shows it.
+    async fn wrote<K: Cached>(&self, written: &K, how: &str) {
+        let (namespace, name) = (written.namespace().unwrap_or_default(), written.name_any());
+        self.metrics.wrote(&K::kind(&()));
+        tracing::info!(kind = %K::kind(&()), namespace, name, "{how}");
+        let version = written.resource_version().unwrap_or_default();
+        self.caches.catch_up::<K>(&namespace, &name, &version).await;
+    }
+
+    /// Removes a cached object of ours; its own children go in the background.
+    pub async fn delete<K: Cached>(&self, live: &K) -> Result<(), ApplyError> {
+        let namespace = live.namespace().unwrap_or_default();
+        let name = live.name_any();
+        if live.meta().deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
+        let params = DeleteParams {
+            propagation_policy: Some(PropagationPolicy::Background),
+            preconditions: Some(Preconditions {
+                uid: live.uid(),
+                resource_version: live.resource_version(),
+            }),
+            ..DeleteParams::default()
+        };
+        match api.delete(&name, &params).await {
+            Ok(_) => {
+                self.metrics.wrote(&K::kind(&()));
+                tracing::info!(kind = %K::kind(&()), namespace, name, "deleted");
+                self.caches.catch_up_gone::<K>(&namespace, &name, live.uid().as_deref()).await;
+                Ok(())
+            }
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(source) => Err(ApplyError::Api { kind: K::kind(&()).into_owned(), name, source }),
+        }
+    }
+}
+
+/// Refuses to touch what is not ours.
+fn check_owner<K: Cached>(live: &K, owner: Owner<'_>) -> Result<(), ApplyError> {
+    let kind = K::kind(&()).into_owned();
+    let name = live.name_any();
+    let controller = live.owner_references().iter().find(|owner| owner.controller == Some(true));
+    match owner {
+        Owner::Model { key } if live.labels().get(names::MODEL).is_some_and(|held| held == key) => {
+            Ok(())
+        }
+        Owner::Controller { uid } if controller.is_some_and(|owner| owner.uid == uid) => Ok(()),
+        Owner::Controller { .. } if controller.is_some_and(of_our_kind) => {
+            Err(ApplyError::Leaving { kind, name })
+        }
+        _ => {
+            let owner = controller.map_or_else(
+                || "nobody we know".to_owned(),
+                |owner| format!("{} {}", owner.kind, owner.name),
+            );
+            Err(ApplyError::Foreign { kind, name, owner })
+        }
+    }
+}
+
+fn of_our_kind(owner: &OwnerReference) -> bool {
+    owner.kind == names::KIND && owner.api_version == names::API_VERSION
+}
+
+/// A 4xx that repeating cannot cure is a refusal of what we rendered; everything else is tried again.
+fn failed<K: Cached>(want: &Want<K>, source: kube::Error) -> ApplyError {
+    let kind = K::kind(&()).into_owned();
+    let name = want.name().to_owned();
+    match source {
+        kube::Error::Api(status) if matches!(status.code, 400 | 403 | 422) => {
+            ApplyError::Refused { kind, name, message: status.message.clone() }
+        }
+        source => ApplyError::Api { kind, name, source },
+    }
+}

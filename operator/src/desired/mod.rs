@@ -1,0 +1,106 @@
+//! In: a committed revision, the object's name and the number of replicas. Out: the children as the cluster shall hold
+//! them. Pure: no client, no clock. What a pod looks like is decided once, when the revision is made (`pod`), and read
+//! from the revision ever after.
+
+pub mod deployment;
+pub mod model;
+pub mod names;
+pub mod pod;
+pub mod policy;
+pub mod quantity;
+pub mod service;
+
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::ResourceExt;
+use plimsoll_crds::LLMDeployment;
+use serde_json::{Value, json};
+
+use crate::apply::Want;
+use crate::revision::Revision;
+
+/// The object whose children we render.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    pub namespace: String,
+    pub name: String,
+    pub uid: String,
+}
+
+impl Identity {
+    pub fn of(object: &LLMDeployment) -> Identity {
+        Identity {
+            namespace: object.namespace().unwrap_or_default(),
+            name: object.name_any(),
+            uid: object.uid().unwrap_or_default(),
+        }
+    }
+
+    /// Metadata of a child that this object controls.
+    pub fn metadata(&self) -> Value {
+        self.metadata_named(&self.name)
+    }
+
+    pub fn metadata_named(&self, child: &str) -> Value {
+        json!({
+            "name": child,
+            "namespace": self.namespace,
+            "labels": names::labels(&self.name),
+            "ownerReferences": [self.controller()],
+        })
+    }
+
+    fn controller(&self) -> Value {
+        let mut owner = self.co_owner();
+        owner["controller"] = true.into();
+        owner["blockOwnerDeletion"] = true.into();
+        owner
+    }
+
+    /// One owner among several: of what the objects of one model source share.
+    pub fn co_owner(&self) -> Value {
+        json!({
+            "apiVersion": names::API_VERSION,
+            "kind": names::KIND,
+            "name": self.name,
+            "uid": self.uid,
+        })
+    }
+}
+
+/// What the operator was started with, as far as pods depend on it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub engine_image: String,
+    /// file:// sources mount a path of the node.
+    pub allow_host_path: bool,
+    /// Another model hub than the public one.
+    pub hub_endpoint: Option<String>,
+}
+
+/// The children of one object.
+pub struct Children {
+    pub service_account: Want<ServiceAccount>,
+    pub service: Want<Service>,
+    pub disruption_budget: Option<Want<PodDisruptionBudget>>,
+    pub deployment: Want<Deployment>,
+}
+
+/// The children as the revision has them, for `replicas` pods.
+pub fn children(identity: &Identity, revision: &Revision, replicas: u32) -> Children {
+    Children {
+        service_account: service::service_account(identity),
+        service: service::service(identity),
+        disruption_budget: policy::disruption_budget(identity, replicas),
+        deployment: deployment::deployment(
+            identity,
+            &revision.hash,
+            &revision.content.pod_template,
+            replicas,
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests;

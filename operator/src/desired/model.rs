@@ -1,0 +1,279 @@
+//! In: a model source and where it is stored. Out: where pods find the model (volumes, mounts, the directory), and the
+//! three objects that the LLMDeployments of one source share: the claim for a download, the Job that downloads and
+//! inspects, the ConfigMap that keeps the facts. Never here: whether they are needed.
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
+use plimsoll_contract::exit::ExitReason;
+use plimsoll_contract::facts::ModelFacts;
+use plimsoll_crds::AccessMode;
+use serde_json::{Value, json};
+
+use super::{Settings, names};
+use crate::apply::Want;
+use crate::spec::{SecretKey, Source, Spec, Storage};
+
+/// Key of the facts' JSON in their ConfigMap.
+pub const FACTS_KEY: &str = "facts.json";
+
+const VOLUME: &str = "model";
+const VOLUME_PATH: &str = "/models";
+const TOKEN_VOLUME: &str = "hub-token";
+const TOKEN_PATH: &str = "/run/secrets/plimsoll/hub";
+/// Attempts after which a Job that fails for passing reasons gives up.
+const JOB_RETRIES: u32 = 3;
+
+/// Where a pod finds the model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Place {
+    /// On a claim of the user's, read-only.
+    Claim { claim: String, path: String },
+    /// On a claim of ours that one Job fills and all pods share.
+    Download { key: String },
+    /// In the pod itself, filled by its init container.
+    PerPod,
+    /// In a directory of the node.
+    Host { path: String },
+}
+
+impl Place {
+    /// Where the model of `spec` is to lie in a cluster of `nodes`, and what is to say about that.
+    pub fn choose(spec: &Spec, key: &str, nodes: usize) -> (Place, Option<String>) {
+        match &spec.source {
+            Source::Claim { name, path } => {
+                (Place::Claim { claim: name.clone(), path: path.clone() }, None)
+            }
+            Source::File { path } => (Place::Host { path: path.clone() }, None),
+            Source::Hub { .. }
+                if spec.storage.access_mode == AccessMode::ReadWriteMany || nodes <= 1 =>
+            {
+                (Place::Download { key: key.to_owned() }, None)
+            }
+            Source::Hub { .. } => {
+                let note = format!(
+                    "every pod downloads it for itself, because storage is ReadWriteOnce and there are \
+                     {nodes} nodes; with spec.storage.accessMode ReadWriteMany they share one download"
+                );
+                (Place::PerPod, Some(note))
+            }
+        }
+    }
+
+    /// The directory the engine is pointed at.
+    pub fn directory(&self) -> String {
+        match self {
+            Place::Claim { path, .. } => {
+                format!("{VOLUME_PATH}/{}", path.trim_matches('/')).trim_end_matches('/').to_owned()
+            }
+            Place::Download { .. } | Place::PerPod => format!("{VOLUME_PATH}/model"),
+            Place::Host { .. } => VOLUME_PATH.to_owned(),
+        }
+    }
+
+    /// The pod's volume.
+    pub fn volume(&self) -> Value {
+        match self {
+            Place::Claim { claim, .. } => json!({
+                "name": VOLUME,
+                "persistentVolumeClaim": {"claimName": claim, "readOnly": true},
+            }),
+            Place::Download { key } => json!({
+                "name": VOLUME,
+                "persistentVolumeClaim": {"claimName": names::model(key)},
+            }),
+            Place::PerPod => json!({"name": VOLUME, "emptyDir": {}}),
+            Place::Host { path } => json!({
+                "name": VOLUME,
+                "hostPath": {"path": path, "type": "Directory"},
+            }),
+        }
+    }
+
+    /// The mount of a container that only reads.
+    pub fn mount(&self) -> Value {
+        json!({"name": VOLUME, "mountPath": VOLUME_PATH, "readOnly": true})
+    }
+
+    /// Whether this pod's init container brings the model. `job` is true for the inspect Job.
+    fn fetched_here(&self, job: bool) -> bool {
+        match self {
+            Place::PerPod => true,
+            Place::Download { .. } => job,
+            Place::Claim { .. } | Place::Host { .. } => false,
+        }
+    }
+}
+
+/// The init container that downloads, where this pod has to, with the volume of its token.
+pub fn fetch(
+    spec: &Spec,
+    place: &Place,
+    commit: Option<&str>,
+    settings: &Settings,
+    job: bool,
+) -> (Option<Value>, Option<Value>) {
+    let Source::Hub { repo, revision } = &spec.source else { return (None, None) };
+    if !place.fetched_here(job) {
+        return (None, None);
+    }
+    let wanted = commit.unwrap_or(revision);
+    let mut arguments = vec![
+        "fetch".to_owned(),
+        format!("hf://{repo}@{wanted}"),
+        "--into".to_owned(),
+        place.directory(),
+    ];
+    let mut mounts = vec![
+        json!({"name": VOLUME, "mountPath": VOLUME_PATH}),
+        json!({"name": "tmp", "mountPath": "/tmp"}),
+    ];
+    let mut token = None;
+    if let Some(SecretKey { name, key }) = &spec.credentials {
+        arguments.extend(["--token-file".to_owned(), format!("{TOKEN_PATH}/token")]);
+        mounts.push(json!({"name": TOKEN_VOLUME, "mountPath": TOKEN_PATH, "readOnly": true}));
+        token = Some(json!({
+            "name": TOKEN_VOLUME,
+            "secret": {"secretName": name, "items": [{"key": key, "path": "token"}]},
+        }));
+    }
+    let mut container = json!({
+        "name": "fetch",
+        "image": settings.engine_image,
+        "command": ["plimsoll-engine"],
+        "args": arguments,
+        "volumeMounts": mounts,
+        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+        "securityContext": super::pod::container_security(),
+        "terminationMessagePath": "/dev/termination-log",
+    });
+    if let Some(endpoint) = &settings.hub_endpoint {
+        container["env"] = json!([{"name": "HF_ENDPOINT", "value": endpoint}]);
+    }
+    (Some(container), token)
+}
+
+/// The claim a download goes to. Its spec is never compared again: claims are immutable but for growing.
+pub fn claim(
+    namespace: &str,
+    key: &str,
+    owners: &[Value],
+    storage: &Storage,
+) -> Want<PersistentVolumeClaim> {
+    let mut spec = json!({
+        "accessModes": [storage.access_mode],
+        "resources": {"requests": {"storage": storage.size}},
+    });
+    if let Some(class) = &storage.storage_class_name {
+        spec["storageClassName"] = class.as_str().into();
+    }
+    Want::new(json!({
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": shared(namespace, &names::model(key), key, owners),
+        "spec": spec,
+    }))
+}
+
+/// Downloads where needed, then reads the checkpoint's headers and leaves the facts in the termination message.
+pub fn inspect_job(
+    namespace: &str,
+    key: &str,
+    owners: &[Value],
+    spec: &Spec,
+    place: &Place,
+    settings: &Settings,
+) -> Want<Job> {
+    let (fetch, token) = fetch(spec, place, None, settings, true);
+    let mut volumes = vec![place.volume(), json!({"name": "tmp", "emptyDir": {}})];
+    volumes.extend(token);
+    let mut pod = json!({
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "securityContext": super::pod::pod_security(place),
+        "containers": [{
+            "name": "inspect",
+            "image": settings.engine_image,
+            "command": ["plimsoll-engine"],
+            "args": ["inspect", place.directory(), "--json",
+                "--termination-message-file", "/dev/termination-log"],
+            "volumeMounts": [place.mount(), {"name": "tmp", "mountPath": "/tmp"}],
+            "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+            "securityContext": super::pod::container_security(),
+            "terminationMessagePath": "/dev/termination-log",
+        }],
+        "volumes": volumes,
+    });
+    if let Some(fetch) = fetch {
+        pod["initContainers"] = json!([fetch]);
+    }
+    place_like_the_engine(&mut pod, spec.pod_template.as_ref());
+    Want::new(json!({
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": shared(namespace, &names::inspect_job(key), key, owners),
+        "spec": {
+            "backoffLimit": JOB_RETRIES,
+            "podFailurePolicy": {"rules": [{
+                "action": "FailJob",
+                "onExitCodes": {"operator": "In", "values": codes_for_a_person()},
+            }]},
+            "template": {"metadata": {"labels": names::model_labels(key)}, "spec": pod},
+        },
+    }))
+}
+
+/// The facts, readable by everyone who may read the namespace.
+pub fn facts(
+    namespace: &str,
+    key: &str,
+    owners: &[Value],
+    source: &str,
+    facts: &ModelFacts,
+) -> Want<ConfigMap> {
+    let text = serde_json::to_string(facts).expect("facts are plain data");
+    Want::new(json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": shared(namespace, &names::model(key), key, owners),
+        "data": {"source": source, FACTS_KEY: text},
+    }))
+}
+
+fn shared(namespace: &str, name: &str, key: &str, owners: &[Value]) -> Value {
+    json!({
+        "name": name,
+        "namespace": namespace,
+        "labels": names::model_labels(key),
+        "ownerReferences": owners,
+    })
+}
+
+/// The Job's pod goes where the engine's may go, and pulls with the same secrets.
+fn place_like_the_engine(pod: &mut Value, overlay: Option<&Value>) {
+    let Some(over) = overlay.and_then(|overlay| overlay.get("spec")) else { return };
+    for field in ["nodeSelector", "tolerations", "affinity", "imagePullSecrets"] {
+        if let Some(value) = over.get(field) {
+            pod[field] = value.clone();
+        }
+    }
+}
+
+/// Exit codes after which trying again cannot help. Sorted, as the API wants a set.
+fn codes_for_a_person() -> Vec<u8> {
+    use ExitReason::{
+        CorruptWeights, DeviceLost, DoesNotFit, Internal, ModelNotFound, ModelUnauthorized,
+        OutOfDeviceMemory, UnsupportedModel,
+    };
+    let all = [
+        DoesNotFit,
+        OutOfDeviceMemory,
+        ModelNotFound,
+        ModelUnauthorized,
+        UnsupportedModel,
+        CorruptWeights,
+        DeviceLost,
+        Internal,
+    ];
+    all.into_iter().filter(|reason| reason.needs_a_person()).map(ExitReason::code).collect()
+}

@@ -1,0 +1,61 @@
+//! In: the status before and after a pass. Out: the events that tell of the transitions between them, and their way to
+//! the API server. A pass that changes nothing says nothing. An event that cannot be sent is logged and lost.
+
+use kube::runtime::events::{Event, EventType, Recorder};
+use kube::{Resource, ResourceExt};
+use plimsoll_crds::{ConditionType, LLMDeployment, LLMDeploymentStatus};
+
+/// Events take at most 1 KiB of text.
+const NOTE_CHARACTERS_MAX: usize = 900;
+
+/// What is worth an event: Ready turned, Stalled came or changed its reason, another revision runs.
+pub fn transitions(
+    before: Option<&LLMDeploymentStatus>,
+    after: &LLMDeploymentStatus,
+) -> Vec<Event> {
+    let mut events = Vec::new();
+    let held = |status: Option<&LLMDeploymentStatus>, kind: ConditionType| {
+        let conditions = &status?.conditions;
+        conditions.iter().find(|held| held.type_ == kind.name()).cloned()
+    };
+    let revision = |status: &LLMDeploymentStatus| status.revision.clone();
+    if after.revision.is_some() && before.and_then(revision) != after.revision {
+        let name = after.revision.clone().unwrap_or_default();
+        let why = after.plan.as_ref().map(|plan| plan.why.as_str()).unwrap_or_default();
+        events.push(event(EventType::Normal, "PlanChosen", "Plan", format!("{name}: {why}")));
+    }
+    let (was, is) = (held(before, ConditionType::Ready), held(Some(after), ConditionType::Ready));
+    if let Some(is) = is {
+        let was_ready = was.as_ref().is_some_and(|was| was.status == "True");
+        if was_ready != (is.status == "True") {
+            let kind = if was_ready { EventType::Warning } else { EventType::Normal };
+            events.push(event(kind, &is.reason, "Serve", is.message));
+        }
+    }
+    let was = held(before, ConditionType::Stalled);
+    if let Some(is) = held(Some(after), ConditionType::Stalled)
+        && was.is_none_or(|was| was.reason != is.reason)
+    {
+        events.push(event(EventType::Warning, &is.reason, "Stall", is.message));
+    }
+    events
+}
+
+fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {
+    let note = note.chars().take(NOTE_CHARACTERS_MAX).collect();
+    Event {
+        type_,
+        reason: reason.to_owned(),
+        note: Some(note),
+        action: action.to_owned(),
+        secondary: None,
+    }
+}
+
+pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Event]) {
+    for event in events {
+        if let Err(error) = recorder.publish(event, &object.object_ref(&())).await {
+            tracing::warn!(%error, object = object.name_any(), "an event was lost");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job, facts), and
+//! what is known by now. Never here: what the facts mean. The objects belong to all LLMDeployments of one source: the
+//! first creates them, the others join as owners, the last to leave takes them along.
+
+use std::time::Duration;
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use serde_json::Value;
+
+use crate::apply::{ApplyError, Owner, Want, Writer};
+use crate::desired::model::{self, Place};
+use crate::desired::{Identity, Settings, names};
+use crate::facts::{self, Model};
+use crate::observe::{Cached, Caches};
+use crate::spec::Spec;
+
+/// A Job that failed for a passing reason is tried again after this.
+pub const RETRY_AFTER: Duration = Duration::from_secs(300);
+
+/// Whose model, which, and where it is to lie.
+pub struct Wanted<'a> {
+    pub identity: &'a Identity,
+    pub spec: &'a Spec,
+    pub key: &'a str,
+    pub place: &'a Place,
+    pub settings: &'a Settings,
+}
+
+/// One step towards knowing the model, and what is known before it.
+pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, ApplyError> {
+    let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
+    let downloads = matches!(wanted.place, Place::Download { .. });
+    let model = facts::look(&seen, downloads);
+    match &model {
+        Model::Unseen => {
+            if downloads {
+                share(writer, wanted, wanted.claim()).await?;
+            }
+            share(writer, wanted, wanted.job()).await?;
+        }
+        Model::Looking { .. } => {
+            join_present::<PersistentVolumeClaim>(writer, wanted, &names::model(wanted.key))
+                .await?;
+            join_present::<Job>(writer, wanted, &names::inspect_job(wanted.key)).await?;
+        }
+        Model::Told(facts) => {
+            if let Some(unreadable) = &seen.facts {
+                writer.delete(unreadable.as_ref()).await?;
+            }
+            let (namespace, owners) = (&wanted.identity.namespace, wanted.owners());
+            let source = wanted.spec.source.to_string();
+            let kept = model::facts(namespace, wanted.key, &owners, &source, facts);
+            share(writer, wanted, kept).await?;
+        }
+        Model::Known(_) => {
+            join_present::<ConfigMap>(writer, wanted, &names::model(wanted.key)).await?;
+            join_present::<PersistentVolumeClaim>(writer, wanted, &names::model(wanted.key))
+                .await?;
+        }
+        Model::Failed { retry, .. } => {
+            if let Some(job) = seen.job.as_ref().filter(|job| *retry && retry_in(job).is_zero()) {
+                writer.delete(job.as_ref()).await?;
+            }
+        }
+    }
+    // The Job has done its work once the facts are stored.
+    if let (Model::Told(_) | Model::Known(_), Some(job)) = (&model, &seen.job) {
+        writer.delete(job.as_ref()).await?;
+    }
+    Ok(model)
+}
+
+/// How long until a failed Job is tried again.
+fn retry_in(job: &Job) -> Duration {
+    let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    let failed_at = conditions
+        .filter(|held| held.type_ == "Failed")
+        .find_map(|held| held.last_transition_time.as_ref());
+    let Some(failed_at) = failed_at else { return RETRY_AFTER };
+    let passed = Timestamp::now().duration_since(failed_at.0);
+    RETRY_AFTER.saturating_sub(Duration::try_from(passed).unwrap_or_default())
+}
+
+/// Gives up this object's share in models that it no longer uses.
+pub async fn leave_others(
+    writer: &Writer<'_>,
+    identity: &Identity,
+    used: &str,
+) -> Result<(), ApplyError> {
+    leave_kind::<Job>(writer, identity, used).await?;
+    leave_kind::<ConfigMap>(writer, identity, used).await?;
+    leave_kind::<PersistentVolumeClaim>(writer, identity, used).await
+}
+
+async fn leave_kind<K: Cached>(
+    writer: &Writer<'_>,
+    identity: &Identity,
+    used: &str,
+) -> Result<(), ApplyError> {
+    let unused = |held: &K| {
+        let key = held.labels().get(names::MODEL);
+        held.meta().namespace.as_deref() == Some(identity.namespace.as_str())
+            && key.is_some_and(|key| key != used)
+            && held.owner_references().iter().any(|owner| owner.uid == identity.uid)
+    };
+    for held in K::cache(writer.caches).state_filter(unused) {
+        let others: Vec<OwnerReference> = held
+            .owner_references()
+            .iter()
+            .filter(|owner| owner.uid != identity.uid)
+            .cloned()
+            .collect();
+        if others.is_empty() {
+            writer.delete(held.as_ref()).await?;
+        } else {
+            writer.set_owners(held.as_ref(), &others).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Creates a shared object, or joins its owners where another was first.
+async fn share<K: Cached>(
+    writer: &Writer<'_>,
+    wanted: &Wanted<'_>,
+    want: Want<K>,
+) -> Result<(), ApplyError> {
+    if writer.create(&want, Owner::Model { key: wanted.key }).await? {
+        return Ok(());
+    }
+    join_present::<K>(writer, wanted, want.name()).await
+}
+
+async fn join_present<K: Cached>(
+    writer: &Writer<'_>,
+    wanted: &Wanted<'_>,
+    name: &str,
+) -> Result<(), ApplyError> {
+    let Some(live) = writer.caches.get::<K>(&wanted.identity.namespace, name) else {
+        return Ok(());
+    };
+    let mut owners = live.owner_references().to_vec();
+    if owners.iter().any(|owner| owner.uid == wanted.identity.uid) {
+        return Ok(());
+    }
+    let own = serde_json::from_value(wanted.identity.co_owner());
+    owners.push(own.expect("an owner reference is one"));
+    writer.set_owners(live.as_ref(), &owners).await
+}
+
+impl Wanted<'_> {
+    fn owners(&self) -> Vec<Value> {
+        vec![self.identity.co_owner()]
+    }
+
+    fn claim(&self) -> Want<PersistentVolumeClaim> {
+        let namespace = &self.identity.namespace;
+        model::claim(namespace, self.key, &self.owners(), &self.spec.storage)
+    }
+
+    fn job(&self) -> Want<Job> {
+        let Wanted { identity, spec, key, place, settings } = *self;
+        model::inspect_job(&identity.namespace, key, &self.owners(), spec, place, settings)
+    }
+}
+
+/// True where the claim of a download is gone, or is being filled again.
+pub fn is_lost(caches: &Caches, namespace: &str, key: &str) -> bool {
+    caches.get::<PersistentVolumeClaim>(namespace, &names::model(key)).is_none()
+        || caches.get::<Job>(namespace, &names::inspect_job(key)).is_some()
+}
+
+/// When to look again at a model that is not known, where no watch will tell.
+pub fn again(model: &Model, caches: &Caches, namespace: &str, key: &str) -> Option<Duration> {
+    let Model::Failed { retry: true, .. } = model else { return None };
+    let job = caches.get::<Job>(namespace, &names::inspect_job(key));
+    Some(job.map_or(Duration::ZERO, |job| retry_in(&job)).max(Duration::from_secs(1)))
+}

@@ -1,0 +1,350 @@
+//! In: watches on our kind, its children, their pods and the nodes. Out: caches of trimmed objects, the stream of
+//! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
+//! decision, a read beside the watches.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{BoxStream, SelectAll, StreamExt, TryStreamExt};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
+};
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
+use kube::runtime::reflector::{ObjectRef, Store, store};
+use kube::runtime::watcher::{self, watcher};
+use kube::runtime::{WatchStreamExt, reflector};
+use kube::{Api, Client, Resource, ResourceExt};
+use plimsoll_crds::LLMDeployment;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::desired::names;
+
+/// How long a reconcile waits until its own write shows in the cache, before it goes on without.
+const CATCH_UP_MAX: Duration = Duration::from_secs(2);
+const CATCH_UP_STEP: Duration = Duration::from_millis(5);
+
+/// One cache per kind, filled by one watch each.
+pub struct Caches {
+    pub objects: Store<LLMDeployment>,
+    deployments: Store<Deployment>,
+    services: Store<Service>,
+    service_accounts: Store<ServiceAccount>,
+    budgets: Store<PodDisruptionBudget>,
+    revisions: Store<ControllerRevision>,
+    jobs: Store<Job>,
+    claims: Store<PersistentVolumeClaim>,
+    facts: Store<ConfigMap>,
+    pods: Store<Pod>,
+    nodes: Store<Node>,
+}
+
+/// A namespaced kind that has a cache here.
+pub trait Cached:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope>
+    + Clone
+    + DeserializeOwned
+    + Serialize
+    + Debug
+    + Send
+    + Sync
+    + 'static
+{
+    fn cache(caches: &Caches) -> &Store<Self>;
+}
+
+macro_rules! cached {
+    ($($kind:ty => $field:ident),* $(,)?) => {
+        $(impl Cached for $kind {
+            fn cache(caches: &Caches) -> &Store<Self> {
+                &caches.$field
+            }
+        })*
+    };
+}
+cached! {
+    LLMDeployment => objects,
+    Deployment => deployments,
+    Service => services,
+    ServiceAccount => service_accounts,
+    PodDisruptionBudget => budgets,
+    ControllerRevision => revisions,
+    Job => jobs,
+    PersistentVolumeClaim => claims,
+    ConfigMap => facts,
+    Pod => pods,
+}
+
+/// Objects to look at, as the watches bring them.
+pub type Triggers = SelectAll<BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>>>;
+
+/// Opens one watch per kind, in `namespace` or everywhere. The caches fill while the triggers are polled.
+pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers) {
+    let (objects, objects_writer) = store();
+    let (deployments, deployments_writer) = store();
+    let (services, services_writer) = store();
+    let (service_accounts, service_accounts_writer) = store();
+    let (budgets, budgets_writer) = store();
+    let (revisions, revisions_writer) = store();
+    let (jobs, jobs_writer) = store();
+    let (claims, claims_writer) = store();
+    let (facts, facts_writer) = store();
+    let (pods, pods_writer) = store();
+    let (nodes, nodes_writer) = store();
+    let caches = Arc::new(Caches {
+        objects,
+        deployments,
+        services,
+        service_accounts,
+        budgets,
+        revisions,
+        jobs,
+        claims,
+        facts,
+        pods,
+        nodes,
+    });
+    let scope = Scope { client, namespace };
+    let mut triggers = SelectAll::new();
+    let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
+    let everything = watcher::Config::default();
+    triggers.push(watch(scope.api(), everything.clone(), objects_writer, trim_meta, own));
+    triggers.push(scope.children(deployments_writer, trim_meta));
+    triggers.push(scope.children(services_writer, trim_meta));
+    triggers.push(scope.children(service_accounts_writer, trim_meta));
+    triggers.push(scope.children(budgets_writer, trim_meta));
+    triggers.push(scope.children(revisions_writer, trim_meta));
+    triggers.push(scope.children(jobs_writer, trim_meta));
+    triggers.push(scope.children(claims_writer, trim_meta));
+    triggers.push(scope.children(facts_writer, trim_meta));
+    let jobs = caches.jobs.clone();
+    let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
+    triggers.push(watch(scope.api(), ours(), pods_writer, trim_pod, by_label));
+    let objects = caches.objects.clone();
+    let unplanned = move |_: &Node| objects_without_a_plan(&objects);
+    triggers.push(watch(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
+    (caches, triggers)
+}
+
+struct Scope<'a> {
+    client: &'a Client,
+    namespace: Option<&'a str>,
+}
+
+impl Scope<'_> {
+    fn api<K: Resource<DynamicType = (), Scope = NamespaceResourceScope>>(&self) -> Api<K> {
+        match self.namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+
+    fn children<K: Cached>(
+        &self,
+        writer: reflector::store::Writer<K>,
+        trim: fn(&mut K),
+    ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+        watch(self.api(), ours(), writer, trim, |child: &K| owners(child))
+    }
+}
+
+fn ours() -> watcher::Config {
+    watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER))
+}
+
+fn watch<K>(
+    api: Api<K>,
+    config: watcher::Config,
+    writer: reflector::store::Writer<K>,
+    trim: fn(&mut K),
+    concerned: impl Fn(&K) -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
+) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>>
+where
+    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
+{
+    watcher(api, config)
+        .default_backoff()
+        .modify(trim)
+        .reflect(writer)
+        .touched_objects()
+        .map_ok(move |object| futures::stream::iter(concerned(&object)).map(Ok))
+        .try_flatten()
+        .boxed()
+}
+
+/// Our objects among the owners of `child`.
+fn owners<K: Resource>(child: &K) -> Vec<ObjectRef<LLMDeployment>> {
+    let namespace = child.meta().namespace.clone().unwrap_or_default();
+    child
+        .owner_references()
+        .iter()
+        .filter(|owner| {
+            owner.kind == LLMDeployment::kind(&())
+                && owner.api_version == LLMDeployment::api_version(&())
+        })
+        .map(|owner| ObjectRef::new(&owner.name).within(&namespace))
+        .collect()
+}
+
+/// An engine pod names its object; a pod of an inspect Job is followed to the Job's owners.
+fn objects_of_pod(pod: &Pod, jobs: &Store<Job>) -> Vec<ObjectRef<LLMDeployment>> {
+    let namespace = pod.namespace().unwrap_or_default();
+    if let Some(name) = pod.labels().get(names::NAME) {
+        return vec![ObjectRef::new(name).within(&namespace)];
+    }
+    let Some(key) = pod.labels().get(names::MODEL) else { return Vec::new() };
+    let job = jobs.get(&ObjectRef::new(&names::inspect_job(key)).within(&namespace));
+    job.map(|job| owners(job.as_ref())).unwrap_or_default()
+}
+
+/// A node that comes or grows concerns only those for whom no plan was found.
+fn objects_without_a_plan(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {
+    let planned = |object: &LLMDeployment| {
+        let conditions = object.status.iter().flat_map(|status| &status.conditions);
+        conditions.into_iter().any(|held| held.type_ == "Planned" && held.status == "True")
+    };
+    let waiting = objects.state_filter(|object| !planned(object));
+    waiting.iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
+}
+
+fn trim_meta<K: Resource>(object: &mut K) {
+    object.meta_mut().managed_fields = None;
+}
+
+/// Of a pod only what tells whether it runs, where, and why not.
+fn trim_pod(pod: &mut Pod) {
+    trim_meta(pod);
+    pod.metadata.annotations = None;
+    pod.metadata.owner_references = None;
+    if let Some(spec) = pod.spec.take() {
+        pod.spec = Some(PodSpec { node_name: spec.node_name, ..Default::default() });
+    }
+    if let Some(status) = &mut pod.status {
+        status.pod_ips = None;
+        status.host_ips = None;
+        for container in status.container_statuses.iter_mut().flatten() {
+            container.volume_mounts = None;
+            container.resources = None;
+            container.allocated_resources = None;
+        }
+    }
+}
+
+/// Of a node only what a pod may ask of it.
+fn trim_node(node: &mut Node) {
+    trim_meta(node);
+    node.metadata.annotations = None;
+    if let Some(status) = &mut node.status {
+        status.images = None;
+        status.conditions = None;
+        status.addresses = None;
+        status.node_info = None;
+    }
+}
+
+/// What one reconcile may know of the cluster, as of one moment.
+pub struct Seen {
+    pub deployment: Option<Arc<Deployment>>,
+    /// Newest first.
+    pub revisions: Vec<Arc<ControllerRevision>>,
+    /// Engine pods of the object, of any revision.
+    pub pods: Vec<Arc<Pod>>,
+    pub nodes: Vec<Arc<Node>>,
+}
+
+/// What the cluster holds for one model source.
+pub struct SeenModel {
+    pub claim: Option<Arc<PersistentVolumeClaim>>,
+    pub facts: Option<Arc<ConfigMap>>,
+    pub job: Option<Arc<Job>>,
+    pub job_pods: Vec<Arc<Pod>>,
+}
+
+impl Caches {
+    /// Waits until every cache has seen its first list.
+    pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
+        self.objects.wait_until_ready().await?;
+        self.deployments.wait_until_ready().await?;
+        self.services.wait_until_ready().await?;
+        self.service_accounts.wait_until_ready().await?;
+        self.budgets.wait_until_ready().await?;
+        self.revisions.wait_until_ready().await?;
+        self.jobs.wait_until_ready().await?;
+        self.claims.wait_until_ready().await?;
+        self.facts.wait_until_ready().await?;
+        self.pods.wait_until_ready().await?;
+        self.nodes.wait_until_ready().await
+    }
+
+    pub fn get<K: Cached>(&self, namespace: &str, name: &str) -> Option<Arc<K>> {
+        K::cache(self).get(&ObjectRef::new(name).within(namespace))
+    }
+
+    /// All of one kind in `namespace` that carry `label: value`.
+    pub fn labelled<K: Cached>(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<K>> {
+        K::cache(self).state_filter(|object| {
+            object.meta().namespace.as_deref() == Some(namespace)
+                && object.labels().get(label).is_some_and(|held| held == value)
+        })
+    }
+
+    pub fn observe(&self, namespace: &str, name: &str) -> Seen {
+        let mut revisions: Vec<Arc<ControllerRevision>> =
+            self.labelled(namespace, names::NAME, name);
+        revisions.sort_by_key(|revision| std::cmp::Reverse(revision.revision));
+        Seen {
+            deployment: self.get(namespace, name),
+            revisions,
+            pods: self.labelled(namespace, names::NAME, name),
+            nodes: self.nodes.state(),
+        }
+    }
+
+    pub fn observe_model(&self, namespace: &str, key: &str) -> SeenModel {
+        SeenModel {
+            claim: self.get(namespace, &names::model(key)),
+            facts: self.get(namespace, &names::model(key)),
+            job: self.get(namespace, &names::inspect_job(key)),
+            job_pods: self.labelled(namespace, names::MODEL, key),
+        }
+    }
+
+    /// Waits until the cache shows a write that was answered with `version`, so that the next reconcile does not act
+    /// on the past. Bounded: a watch that is down must not hold us.
+    pub async fn catch_up<K: Cached>(&self, namespace: &str, name: &str, version: &str) {
+        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
+        while tokio::time::Instant::now() < deadline {
+            let shown = self.get::<K>(namespace, name).and_then(|held| held.resource_version());
+            if shown.is_some_and(|shown| at_least(&shown, version)) {
+                return;
+            }
+            tokio::time::sleep(CATCH_UP_STEP).await;
+        }
+        tracing::debug!(kind = %K::kind(&()), namespace, name, "the watch lags behind our write");
+    }
+
+    /// The same for a deletion.
+    pub async fn catch_up_gone<K: Cached>(&self, namespace: &str, name: &str, uid: Option<&str>) {
+        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
+        let stands = |held: Arc<K>| {
+            held.meta().uid.as_deref() == uid && held.meta().deletion_timestamp.is_none()
+        };
+        while self.get::<K>(namespace, name).is_some_and(stands)
+            && tokio::time::Instant::now() < deadline
+        {
+            tokio::time::sleep(CATCH_UP_STEP).await;
+        }
+    }
+}
+
+/// Resource versions are decimal numbers that grow; the API conventions say so since 1.35, and every server did.
+fn at_least(shown: &str, wanted: &str) -> bool {
+    match (shown.parse::<u128>(), wanted.parse::<u128>()) {
+        (Ok(shown), Ok(wanted)) => shown >= wanted,
+        _ => shown == wanted,
+    }
+}

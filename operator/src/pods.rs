@@ -1,0 +1,129 @@
+//! In: the pods of one object. Out: how many run the revision that counts, how many answer, and what keeps the others.
+//! Pure. Logs are never read: an engine that ends says why in its termination message.
+
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::ResourceExt;
+use plimsoll_contract::exit::ExitReport;
+use plimsoll_crds::Reason;
+
+use crate::desired::names;
+use crate::facts::{containers, unschedulable};
+
+/// Restarts without a word after which we speak of a loop.
+const SILENT_RESTARTS_MAX: i32 = 3;
+
+/// The pods of one object, counted.
+#[derive(Debug, Default)]
+pub struct Engines {
+    /// Of the revision that counts; pods that are leaving do not.
+    pub current: usize,
+    pub scheduled: usize,
+    pub ready: usize,
+    /// Of other revisions.
+    pub older: usize,
+    pub older_ready: usize,
+    /// The scheduler's words about a current pod without a node.
+    pub unschedulable: Option<String>,
+    /// What keeps a current pod from being ready.
+    pub trouble: Option<(Reason, String)>,
+}
+
+pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>) -> Engines {
+    let mut seen = Engines::default();
+    for pod in pods.iter().filter(|pod| stays(pod)) {
+        let ready = is_ready(pod);
+        let current = pod.labels().get(names::REVISION).map(String::as_str) == revision_hash
+            && revision_hash.is_some();
+        if !current {
+            seen.older += 1;
+            seen.older_ready += usize::from(ready);
+            continue;
+        }
+        seen.current += 1;
+        seen.ready += usize::from(ready);
+        let has_node = pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
+        seen.scheduled += usize::from(has_node);
+        if !has_node && seen.unschedulable.is_none() {
+            seen.unschedulable = unschedulable(pod).map(str::to_owned);
+        }
+        if !ready {
+            seen.trouble = worse(seen.trouble, trouble(pod));
+        }
+    }
+    seen
+}
+
+/// Neither leaving nor over.
+fn stays(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    pod.metadata.deletion_timestamp.is_none() && !matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|held| held.type_ == "Ready" && held.status == "True")
+}
+
+/// What needs a person is told before what may pass.
+fn worse(
+    one: Option<(Reason, String)>,
+    other: Option<(Reason, String)>,
+) -> Option<(Reason, String)> {
+    match (one, other) {
+        (Some(one), Some(other)) if other.0.needs_a_person() && !one.0.needs_a_person() => {
+            Some(other)
+        }
+        (one, other) => one.or(other),
+    }
+}
+
+fn trouble(pod: &Pod) -> Option<(Reason, String)> {
+    containers(pod).into_iter().find_map(|container| of_container(pod, container))
+}
+
+fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<(Reason, String)> {
+    let pod = pod.name_any();
+    let state = container.state.as_ref();
+    let waiting = state.and_then(|state| state.waiting.as_ref());
+    let waits_for = waiting.and_then(|waiting| waiting.reason.as_deref()).unwrap_or_default();
+    if matches!(
+        waits_for,
+        "ImagePullBackOff" | "ErrImagePull" | "InvalidImageName" | "ErrImageNeverPull"
+    ) {
+        let message = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or(waits_for);
+        return Some((Reason::ImagePullFailed, format!("pod {pod}: {message}")));
+    }
+    if matches!(
+        waits_for,
+        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError"
+    ) {
+        let message = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or(waits_for);
+        return Some((Reason::EngineLoading, format!("pod {pod}: {waits_for}: {message}")));
+    }
+    let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
+    let ended = state.and_then(|state| state.terminated.as_ref()).or(last)?;
+    if ended.exit_code == 0 {
+        return None;
+    }
+    if let Some(report) =
+        ended.message.as_deref().and_then(|text| serde_json::from_str::<ExitReport>(text).ok())
+    {
+        return Some((report.reason.into(), report.message));
+    }
+    if ended.reason.as_deref() == Some("OOMKilled") {
+        let message = format!(
+            "pod {pod}: container {} was killed for using more memory than its limit",
+            container.name
+        );
+        return Some((Reason::OutOfDeviceMemory, message));
+    }
+    (container.restart_count >= SILENT_RESTARTS_MAX || waits_for == "CrashLoopBackOff").then(|| {
+        let message = format!(
+            "pod {pod}: container {} ended {} times, last with code {}",
+            container.name, container.restart_count, ended.exit_code
+        );
+        (Reason::EngineCrashLooping, message)
+    })
+}

@@ -1,0 +1,333 @@
+//! One reconcile: spec → observe → facts → plan → revision → desired → apply → status. This file holds the order of the
+//! steps and what each hands to the next; the steps themselves are the files of those names.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use k8s_openapi::jiff::{Timestamp, Unit};
+use kube::Client;
+use kube::runtime::controller::Action;
+use kube::runtime::events::Recorder;
+use plimsoll_contract::facts::ModelFacts;
+use plimsoll_crds::{LLMDeployment, Reason};
+use thiserror::Error;
+
+use crate::apply::{ApplyError, Owner, Writer};
+use crate::desired::model::Place;
+use crate::desired::{self, Identity, Settings, deployment, pod};
+use crate::facts::{self, Model};
+use crate::inspect::{self, Wanted};
+use crate::metrics::Metrics;
+use crate::observe::{Caches, Seen};
+use crate::revision::{self, Content, Revision};
+use crate::spec::{Source, Spec};
+use crate::status::{self, Findings, Said};
+use crate::{events, fields, plan};
+
+/// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
+/// A child of a deleted object of the same name is soon gone.
+const LEAVING_AGAIN: Duration = Duration::from_secs(1);
+
+/// What every reconcile shares.
+pub struct Context {
+    pub client: Client,
+    pub caches: Arc<Caches>,
+    pub metrics: Arc<Metrics>,
+    pub recorder: Recorder,
+    pub settings: Settings,
+}
+
+#[derive(Debug, Error)]
+pub enum Error {
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    #[error("a cache is gone")]
+    Caches(#[from] kube::runtime::reflector::store::WriterDropped),
+}
+
+/// How far a pass came; what it hands to status.
+#[derive(Default)]
+struct Pass {
+    trouble: Option<Said>,
+    model: Option<Said>,
+    facts: Option<ModelFacts>,
+    planned: Option<Said>,
+    /// The revision whose children stand after this pass.
+    revision: Option<Revision>,
+    revision_is_current: bool,
+    /// When to look again without being told.
+    again: Option<Duration>,
+}
+
+pub async fn reconcile(object: Arc<LLMDeployment>, context: Arc<Context>) -> Result<Action, Error> {
+    context.caches.ready().await?;
+    if object.metadata.deletion_timestamp.is_some() {
+        // Owner references collect the children; nothing is left for us to do.
+        return Ok(Action::await_change());
+    }
+    let started = Instant::now();
+    let done = pass(&object, &context).await;
+    context.metrics.reconciled(started.elapsed(), done.is_err());
+    done
+}
+
+async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Error> {
+    let identity = Identity::of(object);
+    let mut pass = Pass::default();
+    let outcome = match Spec::parse(object) {
+        Ok(spec) => forward(object, &spec, &identity, context, &mut pass).await,
+        Err(error) => {
+            pass.trouble = Some(Said::no(Reason::InvalidSpec, error.to_string()));
+            Ok(())
+        }
+    };
+    if let Err(error) = outcome {
+        pass.stopped_by(error)?;
+    }
+    tell(object, &identity, context, &pass).await?;
+    Ok(pass.again.map_or_else(Action::await_change, Action::requeue))
+}
+
+/// From a valid spec to the children.
+async fn forward(
+    object: &LLMDeployment,
+    spec: &Spec,
+    identity: &Identity,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<(), ApplyError> {
+    let seen = context.caches.observe(&identity.namespace, &identity.name);
+    let revisions = revision::committed(&seen.revisions, &identity.uid);
+    let digest = revision::spec_digest(&object.spec);
+    let answering = revision::answering(&revisions, &digest);
+    let deployed = revision::deployed_hash(seen.deployment.as_deref());
+
+    let decided = match answering {
+        Some(revision) => keep(spec, revision, identity, context, pass).await.map(Some),
+        None => decide(spec, digest, &revisions, identity, &seen, context, pass).await,
+    };
+    // What cannot be decided anew leaves what runs in place, and in repair.
+    let current = decided.as_ref().ok().and_then(Option::as_ref);
+    pass.revision_is_current = current.is_some();
+    pass.revision = current.or(revision::running(&revisions, deployed)).cloned();
+    if let Some(standing) = &pass.revision {
+        let replicas = if spec.suspend { 0 } else { spec.replicas };
+        stand(standing, replicas, identity, context).await?;
+        if pass.revision_is_current {
+            forget(standing, &revisions, identity, context).await?;
+        }
+    }
+    decided.map(|_| ())
+}
+
+/// The spec was decided on before: only its download is looked after.
+async fn keep(
+    spec: &Spec,
+    revision: &Revision,
+    identity: &Identity,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<Revision, ApplyError> {
+    let Content { model, plan, storage_note, model_key, shared_download, .. } = &revision.content;
+    pass.planned = Some(Said::yes(Reason::PlanChosen, plan.why.as_str()));
+    pass.model = Some(status::model_ready(model, storage_note.as_deref()));
+    if *shared_download && inspect::is_lost(&context.caches, &identity.namespace, model_key) {
+        let place = Place::Download { key: model_key.clone() };
+        learn(spec, model_key, &place, None, identity, context, pass).await?;
+    }
+    Ok(revision.clone())
+}
+
+/// A spec without a revision: facts → plan → revision. None while the facts are not there, or nothing fits.
+async fn decide(
+    spec: &Spec,
+    digest: String,
+    revisions: &[Revision],
+    identity: &Identity,
+    seen: &Seen,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<Option<Revision>, ApplyError> {
+    if matches!(spec.source, Source::File { .. }) && !context.settings.allow_host_path {
+        pass.trouble = Some(status::source_not_allowed());
+        return Ok(None);
+    }
+    let key = facts::key(spec);
+    let (place, storage_note) = Place::choose(spec, &key, seen.nodes.len());
+    let note = storage_note.as_deref();
+    let Some(facts) = learn(spec, &key, &place, note, identity, context, pass).await? else {
+        return Ok(None);
+    };
+    let nodes = plan::nodes(&seen.nodes);
+    let outcome = plan::plan(spec, &facts, &nodes);
+    let Some(chosen) = &outcome.chosen else {
+        pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
+        pass.facts = Some(facts);
+        return Ok(None);
+    };
+    pass.planned = Some(Said::yes(Reason::PlanChosen, chosen.why.as_str()));
+    let inputs = pod::Inputs {
+        name: &identity.name,
+        spec,
+        plan: chosen,
+        facts: &facts,
+        place: &place,
+        settings: &context.settings,
+    };
+    let content = Content {
+        template_version: revision::TEMPLATE_VERSION,
+        spec_digest: digest,
+        model_key: key,
+        shared_download: matches!(place, Place::Download { .. }),
+        storage_note,
+        model: status::model(&facts),
+        plan: plan::status(&outcome, chosen),
+        pod_template: rehearsed(pod::template(&inputs), identity, context).await?,
+    };
+    let next = revision::new(&identity.name, revisions, content);
+    let owner = Owner::Controller { uid: &identity.uid };
+    context.writer().create(&revision::wanted(identity, &next), owner).await?;
+    Ok(Some(next))
+}
+
+/// The facts of the model, or None and the reason in the pass.
+async fn learn(
+    spec: &Spec,
+    key: &str,
+    place: &Place,
+    note: Option<&str>,
+    identity: &Identity,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<Option<ModelFacts>, ApplyError> {
+    let wanted = Wanted { identity, spec, key, place, settings: &context.settings };
+    match inspect::step(&context.writer(), &wanted).await? {
+        Model::Known(facts) | Model::Told(facts) => {
+            pass.model = Some(status::model_ready(&status::model(&facts), note));
+            Ok(Some(*facts))
+        }
+        missing => {
+            pass.again = inspect::again(&missing, &context.caches, &identity.namespace, key);
+            pass.model = Some(status::model_missing(&missing, key));
+            Ok(None)
+        }
+    }
+}
+
+/// The template as the API server would store it, so that it can be compared with what is stored ever after.
+async fn rehearsed(
+    template: serde_json::Value,
+    identity: &Identity,
+    context: &Context,
+) -> Result<serde_json::Value, ApplyError> {
+    let trial = deployment::deployment(identity, "rehearsal", &template, 0);
+    let answered = context.writer().rehearse(&trial).await?;
+    Ok(fields::settled(&template, &answered["spec"]["template"]))
+}
+
+/// Children from the revision and nothing else.
+async fn stand(
+    revision: &Revision,
+    replicas: u32,
+    identity: &Identity,
+    context: &Context,
+) -> Result<(), ApplyError> {
+    let writer = context.writer();
+    let owner = Owner::Controller { uid: &identity.uid };
+    let children = desired::children(identity, revision, replicas);
+    writer.apply(&children.service_account, owner).await?;
+    writer.apply(&children.service, owner).await?;
+    match &children.disruption_budget {
+        Some(budget) => {
+            writer.apply(budget, owner).await?;
+        }
+        None => writer.prune_budget(identity).await?,
+    }
+    writer.apply(&children.deployment, owner).await?;
+    Ok(())
+}
+
+/// What no longer serves anything: revisions beyond the history, models of other sources.
+async fn forget(
+    standing: &Revision,
+    revisions: &[Revision],
+    identity: &Identity,
+    context: &Context,
+) -> Result<(), ApplyError> {
+    let writer = context.writer();
+    for name in revision::to_forget(revisions, &standing.name) {
+        if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
+            writer.delete(old.as_ref()).await?;
+        }
+    }
+    inspect::leave_others(&writer, identity, &standing.content.model_key).await
+}
+
+/// Status as computed from what stands now, written where it changed, and the events of what turned.
+async fn tell(
+    object: &LLMDeployment,
+    identity: &Identity,
+    context: &Context,
+    pass: &Pass,
+) -> Result<(), ApplyError> {
+    let seen = context.caches.observe(&identity.namespace, &identity.name);
+    let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
+    let found = Findings {
+        namespace: &identity.namespace,
+        name: &identity.name,
+        generation: object.metadata.generation,
+        trouble: pass.trouble.clone(),
+        model: pass.model.clone(),
+        facts: pass.facts.as_ref(),
+        planned: pass.planned.clone(),
+        revision: pass.revision.as_ref(),
+        revision_is_current: pass.revision_is_current,
+        suspended: object.spec.suspend,
+        replicas: if object.spec.suspend { 0 } else { replicas },
+        pods: &seen.pods,
+        deployment: seen.deployment.as_deref(),
+    };
+    let before = object.status.as_ref();
+    let status = status::compute(&found, before, &now());
+    if before == Some(&status) {
+        return Ok(());
+    }
+    context.writer().write_status(identity, &status).await?;
+    let turned = events::transitions(before, &status);
+    events::publish(&context.recorder, object, &turned).await;
+    Ok(())
+}
+
+/// Whole seconds, as the API keeps them.
+fn now() -> Time {
+    let now = Timestamp::now();
+    Time(now.round(Unit::Second).unwrap_or(now))
+}
+
+impl Context {
+    fn writer(&self) -> Writer<'_> {
+        Writer { client: &self.client, caches: &self.caches, metrics: &self.metrics }
+    }
+}
+
+impl Pass {
+    /// What a person must mend goes into status; what may pass goes up and is tried again.
+    fn stopped_by(&mut self, error: ApplyError) -> Result<(), ApplyError> {
+        let message = error.to_string();
+        match error {
+            ApplyError::Foreign { .. } | ApplyError::Refused { .. } => {
+                self.trouble = Some(Said::no(Reason::ChildRejected, message));
+                self.again = Some(LOOK_AGAIN);
+            }
+            ApplyError::Leaving { .. } => {
+                self.trouble = Some(Said::no(Reason::CreatingPods, message));
+                self.again = Some(LEAVING_AGAIN);
+            }
+            error @ ApplyError::Api { .. } => return Err(error),
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+use plimsoll_crds::LLMDeployment;
+
+use super::*;
+
+fn content(digest: &str) -> Content {
+    serde_json::from_value(json!({
+        "templateVersion": 1, "specDigest": digest, "modelKey": "k", "sharedDownload": false,
+        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
+        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
+            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
+            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
+            "why": "it fits"},
+        "podTemplate": {"metadata": {"labels": {}}, "spec": {"containers": [{"name": "engine", "image": "a"}]}},
+    }))
+    .unwrap()
+}
+
+fn stored(revision: &Revision) -> Arc<ControllerRevision> {
+    let identity = Identity { namespace: "n".into(), name: "assistant".into(), uid: "u".into() };
+    Arc::new(serde_json::from_value(wanted(&identity, revision).body).unwrap())
+}
+
+fn spec(fields: Value) -> LLMDeploymentSpec {
+    let mut whole = json!({"model": {"source": "pvc://models"}});
+    for (name, field) in fields.as_object().unwrap() {
+        whole[name] = field.clone();
+    }
+    serde_json::from_value(whole).unwrap()
+}
+
+#[test]
+fn only_what_makes_another_pod_makes_another_digest() {
+    let base = spec_digest(&spec(json!({})));
+    for same in
+        [json!({"replicas": 7}), json!({"suspend": true}), json!({"replicas": 0, "suspend": false})]
+    {
+        assert_eq!(spec_digest(&spec(same.clone())), base, "{same}");
+    }
+    for other in [
+        json!({"contextTokens": 512}),
+        json!({"podTemplate": {"metadata": {"labels": {"a": "b"}}}}),
+        json!({"model": {"source": "pvc://other"}}),
+    ] {
+        assert_ne!(spec_digest(&spec(other.clone())), base, "{other}");
+    }
+}
+
+#[test]
+fn a_stored_revision_reads_back_as_it_was_made() {
+    let first = new("assistant", &[], content("d1"));
+    let second = new("assistant", std::slice::from_ref(&first), content("d2"));
+    assert_eq!((first.number, second.number), (1, 2));
+    assert_ne!(first.name, second.name);
+    let read = committed(&[stored(&first), stored(&second)], "u");
+    assert_eq!(read, [second.clone(), first.clone()]);
+    assert_eq!(answering(&read, "d1"), Some(&first));
+    assert_eq!(answering(&read, "d3"), None);
+    assert!(committed(&[stored(&first)], "someone else").is_empty());
+    let labels = &second.content.pod_template["metadata"]["labels"];
+    assert_eq!(labels[names::REVISION], second.hash.as_str());
+}
+
+#[test]
+fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
+    let mut old = content("d");
+    old.template_version = TEMPLATE_VERSION + 41;
+    old.pod_template["spec"]["containers"][0]["image"] = "of/another:time".into();
+    let old = new("assistant", &[], old);
+    let read = committed(&[stored(&old)], "u");
+    let found = answering(&read, "d").unwrap();
+    let identity = Identity { namespace: "n".into(), name: "assistant".into(), uid: "u".into() };
+    let children = crate::desired::children(&identity, found, 1);
+    assert_eq!(children.deployment.body["spec"]["template"], old.content.pod_template);
+}
+
+#[test]
+fn what_runs_is_what_the_deployment_stands_for_and_else_the_newest() {
+    let first = new("assistant", &[], content("d1"));
+    let second = new("assistant", std::slice::from_ref(&first), content("d2"));
+    let both = [second.clone(), first.clone()];
+    assert_eq!(running(&both, Some(&first.hash)), Some(&first));
+    assert_eq!(running(&both, None), Some(&second));
+    assert_eq!(running(&both, Some("gone")), Some(&second));
+    assert_eq!(running(&[], None), None);
+}
+
+#[test]
+fn the_history_is_bounded_and_spares_what_stands() {
+    let mut all: Vec<Revision> = Vec::new();
+    for index in 0..9 {
+        let next = new("assistant", &all, content(&index.to_string()));
+        all.insert(0, next);
+    }
+    let oldest = all.last().unwrap().name.clone();
+    let forgotten = to_forget(&all, &oldest);
+    assert_eq!(forgotten.len(), all.len() - 1 - HISTORY_MAX);
+    assert!(!forgotten.contains(&oldest.as_str()) && !forgotten.contains(&all[0].name.as_str()));
+}
+
+#[test]
+fn an_object_without_a_digest_change_keeps_its_revision_over_a_round_trip_of_its_spec() {
+    let object =
+        LLMDeployment::new("assistant", spec(json!({"podTemplate": {"spec": {"b": 1, "a": 2}}})));
+    let text = serde_json::to_string(&object.spec).unwrap();
+    let again: LLMDeploymentSpec = serde_json::from_str(&text).unwrap();
+    assert_eq!(spec_digest(&again), spec_digest(&object.spec));
+}

@@ -1,0 +1,315 @@
+//! In: flags. Out: the controller running until a signal or the loss of its Lease. Here the parts are put together and
+//! served over HTTP; what a reconcile does stands in `reconcile`.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use futures::StreamExt;
+use kube::api::ObjectMeta;
+use kube::runtime::controller::{self, Action};
+use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::utils::CancelableJoinHandle;
+use kube::{Api, Client, Config, Resource};
+use plimsoll_crds::LLMDeployment;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+
+use crate::desired::Settings;
+use crate::leader::{self, Leader};
+use crate::metrics::Metrics;
+use crate::observe::{self, Caches, Triggers};
+use crate::reconcile::{Context, Error, reconcile};
+
+/// The operator waits more than it computes; two threads keep it small.
+const WORKER_THREADS: usize = 2;
+/// Objects looked at side by side.
+const RECONCILES_MAX: u16 = 16;
+/// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
+const BACKOFF_MIN: Duration = Duration::from_millis(500);
+const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// What reconciles in flight get to finish after a signal.
+const STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// Flags of `plimsoll run`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RunArgs {
+    /// Watch this namespace only [default: the whole cluster]
+    #[arg(long, value_name = "NAMESPACE")]
+    pub namespace: Option<String>,
+    /// Where to serve /metrics, /livez and /readyz
+    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:8080")]
+    pub listen: SocketAddr,
+    /// Image of engine pods and inspect Jobs
+    #[arg(long, value_name = "IMAGE", default_value = "plimsoll/engine:dev")]
+    pub engine_image: String,
+    /// Let file:// sources mount a folder of the node, which lets authors of manifests read nodes [default: off]
+    #[arg(long)]
+    pub allow_host_path: bool,
+    /// Where hf:// models are downloaded from [default: the public hub]
+    #[arg(long, value_name = "URL")]
+    pub hub_endpoint: Option<String>,
+    /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
+    #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
+    pub lease_namespace: Option<String>,
+    /// Who holds the Lease [default: host name and process number]
+    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    pub identity: Option<String>,
+    /// How to log; auto is text on a terminal and JSON elsewhere
+    #[arg(long, value_enum, default_value_t = LogFormat::Auto)]
+    pub log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Auto,
+    Text,
+    Json,
+}
+
+/// `plimsoll run`.
+pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+    log_as(args.log_format);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKER_THREADS)
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    runtime.block_on(operate(args)).map(|()| ExitCode::SUCCESS)
+}
+
+/// `RUST_LOG` narrows or widens what is logged.
+fn log_as(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let json = match format {
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !std::io::stderr().is_terminal(),
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if json {
+        log.json().init();
+    } else {
+        log.init();
+    }
+}
+
+async fn operate(options: RunArgs) -> anyhow::Result<()> {
+    let mut config = Config::infer().await.context("no cluster to talk to")?;
+    let agent = concat!("plimsoll/", env!("CARGO_PKG_VERSION"));
+    config
+        .headers
+        .push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(agent)));
+    let home = options.lease_namespace.clone().unwrap_or(config.default_namespace.clone());
+    let client = Client::try_from(config).context("no client for the cluster")?;
+    let identity = options.identity.clone().unwrap_or_else(process_identity);
+    let served = Arc::new(Served { metrics: Arc::new(Metrics::new()), caches: OnceLock::new() });
+    serve(options.listen, served.clone()).await?;
+    let stop = stop_signal()?;
+
+    let leases = Api::namespaced(client.clone(), &home);
+    let mut stopped = stop.clone();
+    let mut leader = tokio::select! {
+        leader = leader::acquire(leases, &identity) => leader,
+        _ = stopped.wait_for(|stop| *stop) => return Ok(()),
+    };
+    let (caches, triggers) = observe::start(&client, options.namespace.as_deref());
+    served.caches.set(caches.clone()).ok().expect("set once");
+    let reporter =
+        Reporter { controller: "plimsoll.dev/operator".to_owned(), instance: Some(identity) };
+    let context = Arc::new(Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        caches,
+        metrics: served.metrics.clone(),
+        settings: Settings {
+            engine_image: options.engine_image,
+            allow_host_path: options.allow_host_path,
+            hub_endpoint: options.hub_endpoint,
+        },
+    });
+    lead(&mut leader, context, triggers, stop).await?;
+    leader.release().await;
+    Ok(())
+}
+
+/// Reconciles while the Lease is ours. A signal lets reconciles in flight finish; losing the Lease does not.
+async fn lead(
+    leader: &mut Leader,
+    context: Arc<Context>,
+    triggers: Triggers,
+    stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
+    let mut stopped = stop.clone();
+    let overdue = async move {
+        // An error means that the sender is gone, which only the end of the process brings about.
+        let _ = stopped.wait_for(|stop| *stop).await;
+        tokio::time::sleep(STOP_GRACE).await;
+    };
+    tokio::select! {
+        () = control(context, triggers, stop) => Ok(()),
+        lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
+        () = overdue => Ok(()),
+    }
+}
+
+async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Receiver<bool>) {
+    let store = context.caches.objects.clone();
+    let failures = Arc::new(Failures::default());
+    let counted = failures.clone();
+    let work = move |object: Arc<LLMDeployment>, context: Arc<Context>| {
+        let failures = counted.clone();
+        let work = async move {
+            let done = reconcile(object.clone(), context).await;
+            if done.is_ok() {
+                failures.forget(object.meta());
+            }
+            done
+        };
+        CancelableJoinHandle::spawn(work, &tokio::runtime::Handle::current())
+    };
+    let policy = move |object: Arc<LLMDeployment>, error: &Error, _: Arc<Context>| {
+        let error = anyhow::Error::msg(chain(error));
+        tracing::warn!(%error, object = %name(object.meta()), "a reconcile failed");
+        Action::requeue(failures.next(object.meta()))
+    };
+    let until_stop = async move {
+        let _ = stop.wait_for(|stop| *stop).await;
+    };
+    let queue = triggers.take_until(Box::pin(until_stop));
+    let config = controller::Config::default().concurrency(RECONCILES_MAX);
+    controller::applier(work, policy, context, store, Box::pin(queue), config)
+        .for_each(|done| async {
+            match done {
+                Ok(_)
+                | Err(
+                    // The policy has told of it.
+                    controller::Error::ReconcilerFailed(..)
+                    // Deleted while it was queued.
+                    | controller::Error::ObjectNotFound(_),
+                ) => {}
+                Err(error) => tracing::warn!(%error, "a watch failed and is opened again"),
+            }
+        })
+        .await;
+}
+
+/// Failures in a row by object, for the back-off.
+#[derive(Default)]
+struct Failures(Mutex<HashMap<String, u32>>);
+
+impl Failures {
+    fn next(&self, meta: &ObjectMeta) -> Duration {
+        let mut counts = self.0.lock().expect("no holder panics");
+        let count = counts.entry(name(meta)).or_insert(0);
+        *count = (*count + 1).min(16);
+        backoff(*count)
+    }
+
+    fn forget(&self, meta: &ObjectMeta) {
+        self.0.lock().expect("no holder panics").remove(&name(meta));
+    }
+}
+
+fn backoff(failures: u32) -> Duration {
+    let doubled = BACKOFF_MIN.saturating_mul(1 << failures.saturating_sub(1).min(10));
+    doubled.min(BACKOFF_MAX)
+}
+
+fn name(meta: &ObjectMeta) -> String {
+    let part = |part: &Option<String>| part.clone().unwrap_or_default();
+    format!("{}/{}", part(&meta.namespace), part(&meta.name))
+}
+
+/// An error with its causes.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text.push_str(": ");
+        text.push_str(&next.to_string());
+        cause = next.source();
+    }
+    text
+}
+
+/// True from the first SIGTERM or SIGINT on.
+fn stop_signal() -> anyhow::Result<watch::Receiver<bool>> {
+    let (stop, stopped) = watch::channel(false);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping");
+        stop.send_replace(true);
+        // Receivers wait for the value, not for the end of the channel.
+        stop.closed().await;
+    });
+    Ok(stopped)
+}
+
+fn process_identity() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}-{}", host.trim(), std::process::id())
+}
+
+/// What the HTTP endpoints read.
+struct Served {
+    metrics: Arc<Metrics>,
+    /// Set once this process leads.
+    caches: OnceLock<Arc<Caches>>,
+}
+
+async fn serve(address: SocketAddr, served: Arc<Served>) -> anyhow::Result<()> {
+    let router = Router::new()
+        .route("/livez", get(|| async { "ok" }))
+        .route("/readyz", get(readyz))
+        .route("/metrics", get(metrics))
+        .with_state(served);
+    let listener =
+        TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+    tracing::info!(address = %listener.local_addr()?, "metrics and probes");
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    Ok(())
+}
+
+/// An operator that waits for the Lease is ready: it does what it is there for. One that leads is ready once it sees.
+async fn readyz(State(served): State<Arc<Served>>) -> (StatusCode, &'static str) {
+    let Some(caches) = served.caches.get() else {
+        return (StatusCode::OK, "waiting for the Lease");
+    };
+    match tokio::time::timeout(Duration::from_millis(100), caches.ready()).await {
+        Ok(Ok(())) => (StatusCode::OK, "leading"),
+        _ => (StatusCode::SERVICE_UNAVAILABLE, "the caches are filling"),
+    }
+}
+
+async fn metrics(State(served): State<Arc<Served>>) -> String {
+    let objects = served.caches.get().map(|caches| caches.objects.state()).unwrap_or_default();
+    served.metrics.text(objects.iter().map(Arc::as_ref))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_back_off_doubles_up_to_its_bound() {
+        assert_eq!(backoff(1), BACKOFF_MIN);
+        assert_eq!(backoff(2), BACKOFF_MIN * 2);
+        assert_eq!(backoff(16), BACKOFF_MAX);
+    }
+}

@@ -1,0 +1,200 @@
+use k8s_openapi::jiff::Timestamp;
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+use crate::revision::Content;
+
+fn revision() -> Revision {
+    let content: Content = serde_json::from_value(json!({
+        "templateVersion": 1, "specDigest": "d", "modelKey": "k", "sharedDownload": false,
+        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
+        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
+            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
+            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
+            "why": "it fits"},
+        "podTemplate": {},
+    }))
+    .unwrap();
+    Revision { name: "assistant-new".to_owned(), hash: "new".to_owned(), number: 2, content }
+}
+
+/// One pod: of which revision, on a node, ready, and what its engine said at its end.
+#[derive(Clone, Debug)]
+struct Play {
+    hash: &'static str,
+    node: bool,
+    ready: bool,
+    ended: Option<&'static str>,
+}
+
+fn pod(play: &Play) -> Arc<Pod> {
+    let said = |holds: bool| if holds { "True" } else { "False" };
+    let ended = play.ended.map(|reason| {
+        let message = json!({"reason": reason, "message": "3 GiB of 2 GiB"}).to_string();
+        json!({"terminated": {"exitCode": 10, "message": message}})
+    });
+    let body = json!({
+        "metadata": {"name": "p", "labels": {names::REVISION: play.hash}},
+        "spec": {"containers": [], "nodeName": play.node.then_some("node")},
+        "status": {
+            "conditions": [
+                {"type": "PodScheduled", "status": said(play.node), "message": "0/1 nodes have room"},
+                {"type": "Ready", "status": said(play.ready)}],
+            "containerStatuses": [{"name": "engine", "image": "i", "imageID": "i", "ready": play.ready,
+                "restartCount": 1, "lastState": ended}],
+        },
+    });
+    Arc::new(serde_json::from_value(body).unwrap())
+}
+
+fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentStatus {
+    let found = Findings {
+        namespace: "team",
+        name: "assistant",
+        generation: Some(3),
+        trouble: None,
+        model: Some(Said::yes(Reason::ModelFound, "llama")),
+        facts: None,
+        planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
+        revision: Some(revision),
+        revision_is_current: true,
+        suspended: false,
+        replicas,
+        pods,
+        deployment: None,
+    };
+    compute(&found, None, &Time(Timestamp::UNIX_EPOCH))
+}
+
+fn held<'a>(status: &'a LLMDeploymentStatus, kind: &str) -> Option<(&'a str, &'a str)> {
+    let condition = status.conditions.iter().find(|held| held.type_ == kind)?;
+    Some((condition.status.as_str(), condition.reason.as_str()))
+}
+
+fn play(hash: &'static str, node: bool, ready: bool, ended: Option<&'static str>) -> Arc<Pod> {
+    pod(&Play { hash, node, ready, ended })
+}
+
+#[test]
+fn ready_says_the_first_thing_that_is_not_as_it_should_be() {
+    let revision = revision();
+    let cases: [(&str, Vec<Arc<Pod>>, &str, &str); 9] = [
+        ("no pod yet", vec![], "False", "CreatingPods"),
+        ("no node", vec![play("new", false, false, None)], "False", "Unschedulable"),
+        ("loading", vec![play("new", true, false, None)], "False", "EngineLoading"),
+        ("ready", vec![play("new", true, true, None)], "True", "Serving"),
+        ("only an old pod", vec![play("old", true, true, None)], "False", "RollingOut"),
+        (
+            "old serves, new loads",
+            vec![play("old", true, true, None), play("new", true, false, None)],
+            "False",
+            "RollingOut",
+        ),
+        ("does not fit", vec![play("new", true, false, Some("DoesNotFit"))], "False", "DoesNotFit"),
+        ("fell over once", vec![play("new", true, false, Some("Internal"))], "False", "Internal"),
+        ("fell over and is up", vec![play("new", true, true, Some("Internal"))], "True", "Serving"),
+    ];
+    for (what, pods, status, reason) in cases {
+        let told = told(&revision, 1, &pods);
+        assert_eq!(held(&told, "Ready"), Some((status, reason)), "{what}");
+    }
+}
+
+#[test]
+fn stalled_stands_only_where_a_person_must_act() {
+    let revision = revision();
+    let stalled = told(&revision, 1, &[play("new", true, false, Some("CorruptWeights"))]);
+    assert_eq!(held(&stalled, "Stalled"), Some(("True", "CorruptWeights")));
+    assert_eq!(held(&stalled, "Reconciling"), None);
+    let passing = told(&revision, 1, &[play("new", true, false, Some("DeviceLost"))]);
+    assert_eq!(held(&passing, "Stalled"), None);
+    assert_eq!(held(&passing, "Reconciling"), Some(("True", "DeviceLost")));
+}
+
+#[test]
+fn available_counts_pods_of_every_revision_and_replicas_only_the_current_one() {
+    let revision = revision();
+    let status =
+        told(&revision, 1, &[play("old", true, true, None), play("new", true, false, None)]);
+    assert_eq!(held(&status, "Available"), Some(("True", "Serving")));
+    assert_eq!((status.replicas, status.ready_replicas), (1, 0));
+}
+
+#[test]
+fn a_scaled_down_object_is_neither_ready_nor_at_work() {
+    let revision = revision();
+    let status = told(&revision, 0, &[]);
+    assert_eq!(held(&status, "Ready"), Some(("False", "ScaledToZero")));
+    assert_eq!(held(&status, "Reconciling"), None);
+    let leaving = told(&revision, 0, &[play("new", true, true, None)]);
+    assert_eq!(held(&leaving, "Reconciling"), Some(("True", "ScaledToZero")));
+}
+
+#[test]
+fn a_condition_keeps_its_time_until_its_status_turns() {
+    let revision = revision();
+    let pods = [play("new", true, true, None)];
+    let first = told(&revision, 1, &pods);
+    let found = |pods: &[Arc<Pod>], before: &LLMDeploymentStatus| {
+        let later = Time(Timestamp::from_second(60).unwrap());
+        let found = Findings {
+            namespace: "team",
+            name: "assistant",
+            generation: Some(4),
+            trouble: None,
+            model: Some(Said::yes(Reason::ModelFound, "llama")),
+            facts: None,
+            planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
+            revision: Some(&revision),
+            revision_is_current: true,
+            suspended: false,
+            replicas: 1,
+            pods,
+            deployment: None,
+        };
+        compute(&found, Some(before), &later)
+    };
+    let second = found(&pods, &first);
+    let time = |status: &LLMDeploymentStatus| {
+        let ready = status.conditions.iter().find(|held| held.type_ == "Ready").unwrap();
+        ready.last_transition_time.0.as_second()
+    };
+    assert_eq!((time(&first), time(&second)), (0, 0));
+    assert_eq!(time(&found(&[], &second)), 60);
+}
+
+fn plays() -> impl Strategy<Value = Vec<Play>> {
+    let one = (
+        prop::sample::select(vec!["new", "old"]),
+        any::<bool>(),
+        any::<bool>(),
+        prop::option::of(prop::sample::select(vec!["DoesNotFit", "Internal", "CorruptWeights"])),
+    )
+        .prop_map(|(hash, node, ready, ended)| Play {
+            hash,
+            node,
+            ready: ready && node,
+            ended,
+        });
+    prop::collection::vec(one, 0..6)
+}
+
+proptest! {
+    #[test]
+    fn ready_is_never_said_of_fewer_current_pods_than_asked_for(plays in plays(), replicas in 0u32..4) {
+        let revision = revision();
+        let pods: Vec<_> = plays.iter().map(pod).collect();
+        let status = told(&revision, replicas, &pods);
+        let answering = plays.iter().filter(|play| play.hash == "new" && play.ready).count();
+        let ready = held(&status, "Ready").unwrap().0 == "True";
+        prop_assert_eq!(ready, replicas > 0 && answering >= replicas as usize);
+        let stalled = held(&status, "Stalled").is_some();
+        let reconciling = held(&status, "Reconciling").is_some();
+        prop_assert!(!(stalled && reconciling));
+        prop_assert!(!ready || (!stalled && !reconciling));
+        prop_assert!(ready || stalled || reconciling || replicas == 0);
+        let again = serde_json::to_value(&status).unwrap();
+        prop_assert_eq!(serde_json::from_value::<LLMDeploymentStatus>(again).unwrap(), status);
+    }
+}
