@@ -33,6 +33,15 @@ check: ## Formatting, and lints as errors
 test: setup ## Every test there is; installs what they need (cluster tests need root, and say so without)
 	$(CARGO) build $(RELEASE) --all-targets
 	$(CARGO) test $(RELEASE) --no-fail-fast
+	tests/api/run.sh
+
+.PHONY: api
+api: build ## OpenAI's own Python client against the engine with the bundled model
+	tests/api/run.sh
+
+.PHONY: fuzz
+fuzz: ## Every fuzz target for 60 s: bodies, templates, checkpoints (PLIMSOLL_FUZZ_SEED repeats a run)
+	PLIMSOLL_FUZZ_SECONDS=60 $(CARGO) test $(RELEASE) fuzz_ -- --nocapture --test-threads 1
 
 .PHONY: setup
 setup: cuda

@@ -6,7 +6,7 @@ use std::io;
 use std::path::Path;
 
 use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, Value, context};
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value, context};
 use serde_json::Value as Json;
 
 /// Instructions of a rendering, and at 64 bytes each the memory it may take.
@@ -15,6 +15,9 @@ const FUEL: u64 = 4_000_000;
 const OUTPUT_BYTES_MAX: usize = 32 << 20;
 /// Nested calls; well inside the stack of a runtime thread.
 const RECURSION_MAX: usize = 200;
+/// Items of a list or map written as a whole. A repeated list (`[0] * n`) costs no fuel until it is written, and then the
+/// renderer walks all of it, even after the output has refused more.
+const ITEMS_WRITTEN_MAX: usize = 100_000;
 const NAME: &str = "chat template";
 /// Context variable that carries the time to `strftime_now`.
 const NOW: &str = "_now_unix_seconds";
@@ -116,11 +119,20 @@ fn environment() -> Environment<'static> {
     environment.set_fuel(Some(FUEL));
     environment.set_recursion_limit(RECURSION_MAX);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+    environment.set_formatter(write_value);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
     environment
+}
+
+fn write_value(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error> {
+    let container = matches!(value.kind(), ValueKind::Seq | ValueKind::Iterable | ValueKind::Map);
+    if container && value.len().is_some_and(|items| items > ITEMS_WRITTEN_MAX) {
+        return Err(Error::from(ErrorKind::WriteFailure));
+    }
+    minijinja::escape_formatter(out, state, value)
 }
 
 /// Marks a refusal by the template among other failures.
@@ -137,9 +149,9 @@ fn explain(error: &Error) -> ChatTemplateError {
     }
     match error.kind() {
         ErrorKind::OutOfFuel => ChatTemplateError::Exceeded(format!("more than {FUEL} operations")),
-        ErrorKind::WriteFailure => {
-            ChatTemplateError::Exceeded(format!("more than {OUTPUT_BYTES_MAX} bytes of output"))
-        }
+        ErrorKind::WriteFailure => ChatTemplateError::Exceeded(format!(
+            "more than {OUTPUT_BYTES_MAX} bytes or a list of more than {ITEMS_WRITTEN_MAX} items"
+        )),
         _ => ChatTemplateError::Failed(error.to_string()),
     }
 }

@@ -5,7 +5,9 @@ import os
 import pathlib
 import signal
 import subprocess
+import threading
 import time
+import urllib.error
 import urllib.request
 
 import openai
@@ -29,8 +31,11 @@ class Engine:
         )
         lines = iter(self.process.stderr.readline, "")
         self.address = next(e["address"] for e in map(json.loads, lines) if e["message"].startswith("listening"))
+        self.log = []
+        # A pipe that nobody reads would stop the engine when it is full.
+        threading.Thread(target=self.log.extend, args=[lines], daemon=True).start()
         while self.status("/ready") != 200:
-            assert self.process.poll() is None, self.process.stderr.read()
+            assert self.process.poll() is None, self.log
             assert time.monotonic() - began < 30
             time.sleep(0.01)
         self.ready_seconds = time.monotonic() - began
@@ -54,8 +59,7 @@ class Engine:
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
-        _, log = self.process.communicate(timeout=30)
-        assert self.process.returncode == 0, log
+        assert self.process.wait(timeout=30) == 0, self.log
 
 
 @pytest.fixture(scope="session")

@@ -87,6 +87,8 @@ fn templates_that_loop_grow_or_nest_without_end_stop_at_a_limit() {
     assert!(matches!(render(growing, json!([])), Err(ChatTemplateError::Exceeded(_))));
     let writing = "{% set s = 'x' * 1000000 %}{% for a in range(10000) %}{{ s }}{% endfor %}";
     assert!(matches!(render(writing, json!([])), Err(ChatTemplateError::Exceeded(_))));
+    let listing = "{{ [0] * 100000000 }}";
+    assert!(matches!(render(listing, json!([])), Err(ChatTemplateError::Exceeded(_))));
     let nesting = "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}";
     assert!(render(nesting, json!([])).is_err());
 }

@@ -38,6 +38,8 @@ use crate::request::Request as EngineRequest;
 pub const BODY_BYTES_MAX: usize = 8 << 20;
 /// Time for a body to arrive.
 pub const BODY_SECONDS_MAX: u64 = 30;
+/// Time for a body to become tokens, waiting for a core included.
+const PREPARING_SECONDS_MAX: u64 = 60;
 /// What a client is told to wait while the model loads.
 const LOADING_RETRY_SECONDS: u64 = 2;
 
@@ -200,13 +202,26 @@ pub async fn on_blocking_thread<T: Send + 'static>(
     served: &Arc<Served>,
     work: impl FnOnce(&Served) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
-    let permit = app.preparing().await;
     let served = served.clone();
-    let result = tokio::task::spawn_blocking(move || {
-        let _permit = permit;
-        work(&served)
-    });
-    result.await.map_err(|_| ApiError::internal("preparing the prompt failed; this is a defect"))?
+    let prepared = async {
+        let permit = app.preparing().await;
+        // Once begun it runs to its end, and keeps its permit until then.
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work(&served)
+        })
+        .await
+    };
+    match tokio::time::timeout(Duration::from_secs(PREPARING_SECONDS_MAX), prepared).await {
+        Err(_) => Err(ApiError::unavailable(
+            format!(
+                "the prompt was not ready within {PREPARING_SECONDS_MAX} s; shorten it or retry"
+            ),
+            1,
+        )),
+        Ok(Err(_)) => Err(ApiError::internal("preparing the prompt failed; this is a defect")),
+        Ok(Ok(result)) => result,
+    }
 }
 
 pub async fn read_body(request: Request) -> Result<Bytes, ApiError> {

@@ -7,5 +7,7 @@
 mod answers;
 mod bodies;
 mod crowd;
+mod dice;
 mod drain;
+mod templates;
 mod world;
