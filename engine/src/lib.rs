@@ -23,6 +23,7 @@ pub mod batch;
 
 pub mod stream;
 
+pub mod bench;
 pub mod inspect;
 pub mod memory;
 pub mod model;

@@ -19,8 +19,8 @@ const FILE_BYTES_MAX: u64 = 4 << 20;
 const DIMENSION_MAX: u64 = 1 << 20;
 const LAYERS_MAX: u64 = 1 << 10;
 const CONTEXT_MAX: u64 = 1 << 27;
-/// Attention keeps one head's sums on the stack.
-pub const HEAD_DIM_MAX: u64 = 256;
+/// No model of these families has larger heads.
+const HEAD_DIM_MAX: u64 = 256;
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {

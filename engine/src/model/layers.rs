@@ -84,7 +84,7 @@ impl Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
     Whole,
-    /// In whole units of this many rows: a KV head is never cut.
+    /// In whole units of this many rows: a head is never cut.
     Rows {
         unit: usize,
     },
@@ -160,20 +160,20 @@ impl Plan {
     pub fn layer(&self, index: usize) -> LayerTensors {
         let Layer { attention, mlp, .. } = &self.layers[index];
         let (hidden, dim) = (self.hidden, attention.head_dim);
-        let group = attention.heads / attention.kv_heads * dim;
         let named = |suffix: &str| format!("model.layers.{index}.{suffix}");
-        let project = |part: &str, heads: usize, unit: usize| Linear {
+        let split = Split::Rows { unit: dim };
+        let project = |part: &str, heads: usize| Linear {
             weight: TensorSpec {
                 name: named(&format!("self_attn.{part}_proj.weight")),
                 shape: vec![heads * dim, hidden],
                 role: Role::Attention,
-                split: Split::Rows { unit },
+                split,
             },
             bias: attention.qkv_bias.then(|| TensorSpec {
                 name: named(&format!("self_attn.{part}_proj.bias")),
                 shape: vec![heads * dim],
                 role: Role::Attention,
-                split: Split::Rows { unit },
+                split,
             }),
         };
         let head_norm = |part: &str| {
@@ -181,9 +181,9 @@ impl Plan {
         };
         LayerTensors {
             attention_norm: norm(named("input_layernorm.weight"), hidden),
-            query: project("q", attention.heads, group),
-            key: project("k", attention.kv_heads, dim),
-            value: project("v", attention.kv_heads, dim),
+            query: project("q", attention.heads),
+            key: project("k", attention.kv_heads),
+            value: project("v", attention.kv_heads),
             query_norm: head_norm("q"),
             key_norm: head_norm("k"),
             output: Linear {
@@ -191,7 +191,7 @@ impl Plan {
                     name: named("self_attn.o_proj.weight"),
                     shape: vec![hidden, attention.heads * dim],
                     role: Role::Attention,
-                    split: Split::Columns { unit: group },
+                    split: Split::Columns { unit: dim },
                 },
                 bias: attention.output_bias.then(|| TensorSpec {
                     name: named("self_attn.o_proj.bias"),

@@ -33,16 +33,19 @@ impl Shard {
     /// The whole model in one process.
     pub const WHOLE: Shard = Shard { rank: 0, of: 1 };
 
-    /// This rank's part of `size` in whole units; ranks share units where there are fewer units than ranks.
-    fn part(self, size: usize, unit: usize) -> Range<usize> {
+    /// This rank's part of `size`, in whole units. Where there are fewer units than ranks, neighbours share one. None
+    /// where that would not come out even.
+    fn part(self, size: usize, unit: usize) -> Option<Range<usize>> {
         let units = size / unit;
-        let (first, last) = if units >= self.of {
-            (self.rank * units / self.of, (self.rank + 1) * units / self.of)
+        if units.is_multiple_of(self.of) {
+            let each = units / self.of * unit;
+            Some(self.rank * each..(self.rank + 1) * each)
+        } else if self.of.is_multiple_of(units) {
+            let first = self.rank / (self.of / units) * unit;
+            Some(first..first + unit)
         } else {
-            let one = self.rank * units / self.of;
-            (one, one + 1)
-        };
-        first * unit..last * unit
+            None
+        }
     }
 }
 
@@ -100,7 +103,8 @@ impl Weights {
             weights.add(dir.join(name))?;
         }
         for (tensor, file) in &index {
-            if !weights.entries.contains_key(tensor) {
+            let entry = weights.entries.get(tensor);
+            if entry.is_none_or(|entry| weights.files[entry.file].path != dir.join(file)) {
                 return Err(corrupt(
                     &dir.join(file),
                     Some(tensor),
@@ -120,14 +124,11 @@ impl Weights {
             unsafe { Mmap::map(&file) }
         };
         let map = open().map_err(|e| corrupt(&path, None, "a readable file", e))?;
-        let (header, metadata) = SafeTensors::read_metadata(&map)
-            .map_err(|e| corrupt(&path, None, "a safetensors header", e))?;
+        // This also ties the file's length and every tensor's byte range to its shape and type.
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|e| {
+            corrupt(&path, None, "a whole safetensors file", format!("{e} ({} bytes)", map.len()))
+        })?;
         let start = header + 8;
-        let end = start.saturating_add(metadata.data_len());
-        if end != map.len() {
-            let found = format!("{} bytes", map.len());
-            return Err(corrupt(&path, None, format!("{end} bytes, as the header says"), found));
-        }
         let file = self.files.len();
         for (name, info) in metadata.tensors() {
             let (first, last) = info.data_offsets;
@@ -172,15 +173,23 @@ impl Weights {
     /// This rank's part of a tensor.
     pub fn tensor(&self, spec: &TensorSpec, shard: Shard) -> Result<TensorView<'_>, LoadError> {
         let mut view = self.whole(spec)?;
+        let part = |size, unit| {
+            shard.part(size, unit).ok_or_else(|| LoadError::UnsupportedModel {
+                file: spec.name.clone(),
+                field: "its number of parts".into(),
+                found: shard.of.to_string(),
+                expected: format!("it has {} units", size / unit),
+                remedy: "choose a number of ranks that divides them".into(),
+            })
+        };
         match spec.split {
             Split::Whole => {}
             Split::Rows { unit } if spec.shape.len() == 2 => {
-                view.rows = shard.part(spec.shape[0], unit);
+                view.rows = part(spec.shape[0], unit)?;
             }
             // A vector is one row: its elements belong to the rows of the matrix beside it.
             Split::Rows { unit } | Split::Columns { unit } => {
-                let width = spec.shape[spec.shape.len() - 1];
-                view.columns = shard.part(width, unit);
+                view.columns = part(view.width, unit)?;
             }
         }
         Ok(view)

@@ -67,19 +67,22 @@ fn attend_cells<C: Cell>(
 ) {
     let blocks = blocks(attention, spans);
     let target = Target(out.as_mut_ptr());
-    let one = |block: &Block| {
-        let job = Job { attention, cells, qkv, width, block: *block, out: &target };
-        // SAFETY: blocks lie within the step's rows and heads, their tables name pages of the pool, and no two of
-        // them share an output.
-        unsafe { run(job) }
+    let all = |blocks: &[Block]| {
+        let mut scratch = Scratch::new(attention.head_dim);
+        for &block in blocks {
+            let job = Job { attention, cells, qkv, width, block, out: &target };
+            // SAFETY: blocks lie within the step's rows and heads, their tables name pages of the pool, and no two of
+            // them share an output.
+            unsafe { run(Run { job, scratch: &mut scratch }) }
+        }
     };
     let seen = |block: &Block| block.rows * block.heads * block.written;
     let work = blocks.iter().map(seen).sum::<usize>() * attention.head_dim;
     if work < PARALLEL_FROM {
-        return blocks.iter().for_each(one);
+        return all(&blocks);
     }
     let run_len = blocks.len().div_ceil(8 * rayon::current_num_threads());
-    blocks.par_chunks(run_len).for_each(|blocks| blocks.iter().for_each(one));
+    blocks.par_chunks(run_len).for_each(all);
 }
 
 fn blocks<'a>(attention: &Attention, spans: &[Rows<'a>]) -> Vec<Block<'a>> {
@@ -122,25 +125,51 @@ struct Job<'a, C> {
     out: &'a Target,
 }
 
+/// What one thread needs for a block after another.
+struct Scratch {
+    /// Scaled queries, `[QUERIES_MAX, head_dim]`.
+    queries: Vec<f32>,
+    /// Shares times values so far, `[QUERIES_MAX, head_dim]`.
+    sums: Vec<f32>,
+    /// Of one page, `[QUERIES_MAX, 64]`.
+    scores: Vec<f32>,
+    running: Running,
+}
+
 /// Running softmax of one block.
 struct Running {
     max: [f32; QUERIES_MAX],
     sum: [f32; QUERIES_MAX],
 }
 
-impl<C: Cell> Kernel for Job<'_, C> {
+impl Scratch {
+    fn new(dim: usize) -> Scratch {
+        Scratch {
+            queries: vec![0.0; QUERIES_MAX * dim],
+            sums: vec![0.0; QUERIES_MAX * dim],
+            scores: vec![0.0; QUERIES_MAX * PAGE_TOKENS],
+            running: Running { max: [0.0; QUERIES_MAX], sum: [0.0; QUERIES_MAX] },
+        }
+    }
+}
+
+struct Run<'a, C> {
+    job: Job<'a, C>,
+    scratch: &'a mut Scratch,
+}
+
+impl<C: Cell> Kernel for Run<'_, C> {
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
-        let Job { attention, block, .. } = self;
+        let Scratch { queries, sums, scores, running } = self.scratch;
+        let job = self.job;
+        let Job { attention, block, .. } = job;
         let dim = attention.head_dim;
         let shape = PageShape { kv_heads: attention.kv_heads, head_dim: dim };
         let count = block.rows * block.heads;
-        let mut queries = [0.0f32; QUERIES_MAX * super::HEAD_DIM_MAX];
-        let mut sums = [0.0f32; QUERIES_MAX * super::HEAD_DIM_MAX];
-        let mut scores = [0.0f32; QUERIES_MAX * PAGE_TOKENS];
-        let mut running =
-            Running { max: [f32::NEG_INFINITY; QUERIES_MAX], sum: [0.0; QUERIES_MAX] };
-        self.gather(&mut queries);
+        *running = Running { max: [f32::NEG_INFINITY; QUERIES_MAX], sum: [0.0; QUERIES_MAX] };
+        sums[..count * dim].fill(0.0);
+        job.gather(queries);
         let last = block.position + block.rows - 1;
         let start = attention.sight.visible(block.position).start;
         let end = attention.sight.visible(last).end.min(block.written);
@@ -160,7 +189,7 @@ impl<C: Cell> Kernel for Job<'_, C> {
                     x: queries.as_ptr(),
                     x_stride: dim,
                     rows: count,
-                    w: self.cells[keys + columns.start..].as_ptr(),
+                    w: job.cells[keys + columns.start..].as_ptr(),
                     w_stride: PAGE_TOKENS,
                     inner: dim,
                     width: columns.len(),
@@ -169,14 +198,14 @@ impl<C: Cell> Kernel for Job<'_, C> {
                 }
                 .run::<V>();
             }
-            self.soften(base, &columns, &mut scores, &mut running, &mut sums);
+            job.soften(base, &columns, scores, running, sums);
             // SAFETY: as above; only positions that were written are read.
             unsafe {
                 Product {
                     x: scores.as_ptr().add(low),
                     x_stride: PAGE_TOKENS,
                     rows: count,
-                    w: self.cells[values + low * dim..].as_ptr(),
+                    w: job.cells[values + low * dim..].as_ptr(),
                     w_stride: dim,
                     inner: high - low,
                     width: dim,
@@ -187,7 +216,7 @@ impl<C: Cell> Kernel for Job<'_, C> {
             }
         }
         // SAFETY: rows and heads of this block are its own.
-        unsafe { self.store(&running, &sums) }
+        unsafe { job.store(running, sums) }
     }
 }
 

@@ -28,9 +28,6 @@ use super::{Backend, BackendError, KvLayout, LayerGroup, Ticket};
 use crate::batch::{AdapterIndex, RowInput, Span, SpanOutput, Step, StepOutput, TokenId};
 use crate::model::{Checkpoint, LoadError, Plan, Shard};
 
-/// As the config admits at most.
-const HEAD_DIM_MAX: usize = 256;
-
 #[derive(Clone, Debug)]
 pub struct CpuOptions {
     /// Of weights and KV pages; activations are f32.
@@ -102,6 +99,11 @@ impl CpuBackend {
             done: VecDeque::new(),
             threads,
         })
+    }
+
+    /// Threads that compute a step.
+    pub fn threads(&self) -> usize {
+        self.threads.current_num_threads()
     }
 }
 
