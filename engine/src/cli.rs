@@ -26,6 +26,10 @@ pub enum Verb {
     Serve(ServeArgs),
     /// Print what is known of a checkpoint before any weight is read.
     Inspect(InspectArgs),
+    /// Download a model from a hub into a directory; safe to repeat.
+    Fetch(FetchArgs),
+    /// Measure tokens per second of a model, without HTTP.
+    Bench(BenchArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -94,6 +98,56 @@ pub struct InspectArgs {
     /// Also write the facts as JSON here; or, after a failure, its reason [default: /dev/termination-log, if it exists].
     #[arg(long, value_name = "FILE")]
     pub termination_message_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct FetchArgs {
+    /// The model: hf://ORG/NAME or hf://ORG/NAME@REVISION.
+    #[arg(value_name = "SOURCE")]
+    pub source: String,
+    /// Directory for its files; made if it is not there.
+    #[arg(long, value_name = "DIR")]
+    pub into: PathBuf,
+    /// File with the hub's access token [default: none].
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// The hub's address.
+    #[arg(long, value_name = "URL", env = "HF_ENDPOINT", default_value = "https://huggingface.co")]
+    pub endpoint: String,
+    /// Where the reason of a failure is written as JSON [default: /dev/termination-log, if it exists].
+    #[arg(long, value_name = "FILE")]
+    pub termination_message_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchArgs {
+    /// Directory of the checkpoint.
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Type to compute in.
+    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    pub dtype: DtypeArg,
+    /// Requests at once, one row of the table each.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub requests: Vec<u32>,
+    /// Tokens of each prompt; they are random.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub prompt_tokens: u32,
+    /// Tokens generated for each request.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub output_tokens: u32,
+    /// Rounds after one that warms up; the median counts.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// Rows of one step.
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub step_tokens_max: u32,
+    /// Steps planned ahead of the one being computed: 1 or 2.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub steps_in_flight: u32,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -24,6 +24,7 @@ pub mod batch;
 pub mod stream;
 
 pub mod bench;
+pub mod fetch;
 pub mod inspect;
 pub mod memory;
 pub mod model;

@@ -266,3 +266,44 @@ fn a_step_that_makes_no_sense_fails_with_the_reason_and_the_backend_goes_on() {
     assert!(driver.backend.submit(step).unwrap_err().to_string().contains("outside the pool"));
     assert!(mean_difference(&plain(&mut driver, &good), &golden.logprobs) <= GATE);
 }
+
+#[test]
+fn the_bundled_model_agrees_with_transformers_on_text() {
+    let mut driver = Driver::new(backend(&open(&tests_dir().join("model")), Dtype::F32, 40));
+    let mut cases = 0;
+    for entry in std::fs::read_dir(golden_dir("bundled")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.ends_with("chat.json") {
+            continue;
+        }
+        let golden = Golden::read(&path);
+        let got = plain(&mut driver, &Sequence::new(0, &golden.tokens, 1));
+        let difference = mean_difference(&got, &golden.logprobs);
+        println!("{}: mean |Δlogprob| {difference:.1e}", path.display());
+        assert!(difference <= GATE, "{}: {difference:.2e}", path.display());
+        cases += 1;
+    }
+    assert!(cases >= 3, "{cases} prompts");
+}
+
+#[test]
+fn what_transformers_answers_greedily_is_the_most_likely_here_too() {
+    let mut driver = Driver::new(backend(&open(&tests_dir().join("model")), Dtype::F32, 40));
+    let text = std::fs::read_to_string(golden_dir("bundled").join("chat.json")).unwrap();
+    let chats: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let tokens = |value: &serde_json::Value| -> Vec<TokenId> {
+        value.as_array().unwrap().iter().map(|t| t.as_u64().unwrap() as TokenId).collect()
+    };
+    for chat in chats.as_array().unwrap() {
+        let (prompt, answer) = (tokens(&chat["tokens"]), tokens(&chat["greedy_tokens"]));
+        let sequence = Sequence::new(0, &[prompt.clone(), answer.clone()].concat(), 1);
+        let span = sequence.span(0..sequence.tokens.len(), true);
+        let output = &driver.step(vec![], vec![span])[0];
+        for chosen in &output.prompt_logprobs[prompt.len() - 1..] {
+            // Regret, not equality: a tie may fall either way.
+            let regret = chosen.top[0].1 - chosen.logprob;
+            assert!(f64::from(regret) <= GATE, "{regret} nats in {}", chat["greedy_text"]);
+        }
+        assert!(!answer.is_empty());
+    }
+}

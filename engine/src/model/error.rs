@@ -13,6 +13,9 @@ pub enum LoadError {
     ModelNotFound { source_name: String, problem: String, remedy: String },
     #[error("{source_name} refused access: {problem}; {remedy}")]
     ModelUnauthorized { source_name: String, problem: String, remedy: String },
+    /// The world's fault, not the model's: a retry may help.
+    #[error("failed to read or write {source_name}: {problem}; {remedy}")]
+    Unreachable { source_name: String, problem: String, remedy: String },
     /// A valid checkpoint of a kind that the engine does not run.
     #[error("{file}: {field} is {found}, but {expected}; {remedy}")]
     UnsupportedModel {
@@ -40,6 +43,8 @@ impl LoadError {
         match self {
             LoadError::ModelNotFound { .. } => ExitReason::ModelNotFound,
             LoadError::ModelUnauthorized { .. } => ExitReason::ModelUnauthorized,
+            // Among the documented reasons only this one means: restart and try again.
+            LoadError::Unreachable { .. } => ExitReason::Internal,
             LoadError::UnsupportedModel { .. } => ExitReason::UnsupportedModel,
             LoadError::CorruptWeights { .. } => ExitReason::CorruptWeights,
             LoadError::DoesNotFit(_) => ExitReason::DoesNotFit,
