@@ -12,7 +12,7 @@ use serde_json::Value;
 use thiserror::Error;
 
 use crate::desired::{Identity, names};
-use crate::fields::{differs, digest};
+use crate::fields::{differs, digest, impose};
 use crate::metrics::Metrics;
 use crate::observe::{Cached, Caches};
 
@@ -95,7 +95,17 @@ impl Writer<'_> {
             }
         }
         let params = PatchParams::apply(names::MANAGER).force();
-        let answer = api.patch(name, &params, &Patch::Apply(&body)).await;
+        let answer = match (api.patch(name, &params, &Patch::Apply(&body)).await, live) {
+            // Another hand put something beside ours that cannot stand there, such as a port of the same name. Applying
+            // cannot take it out; imposing can.
+            (Err(kube::Error::Api(status)), Some(live)) if status.code == 422 => {
+                let mut whole = serde_json::to_value(live.as_ref()).expect("the API speaks JSON");
+                impose(&body, &mut whole);
+                let whole: K = serde_json::from_value(whole).expect("it was of its kind before");
+                api.replace(name, &by_us(), &whole).await
+            }
+            (answer, _) => answer,
+        };
         let written = answer.map_err(|source| failed(want, source))?;
         self.wrote(&written, "applied").await;
         Ok(true)
@@ -116,8 +126,7 @@ impl Writer<'_> {
         let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         let body =
             serde_json::from_value(want.body.clone()).expect("what we render is of its kind");
-        let params = PostParams { field_manager: Some(names::MANAGER.to_owned()), dry_run: false };
-        match api.create(&params, &body).await {
+        match api.create(&by_us(), &body).await {
             Ok(written) => {
                 self.wrote(&written, "created").await;
                 Ok(true)
@@ -240,6 +249,10 @@ impl Writer<'_> {
             Err(source) => Err(ApplyError::Api { kind: K::kind(&()).into_owned(), name, source }),
         }
     }
+}
+
+fn by_us() -> PostParams {
+    PostParams { field_manager: Some(names::MANAGER.to_owned()), dry_run: false }
 }
 
 /// Refuses to touch what is not ours.

@@ -29,6 +29,28 @@ pub fn differs(want: &Value, live: &Value) -> bool {
     }
 }
 
+/// `live` with `want` imposed on it: what only `live` has is kept, except elements of lists that `want` speaks of.
+pub fn impose(want: &Value, live: &mut Value) {
+    match (want, live) {
+        (Value::Object(want), Value::Object(live)) => {
+            for (name, field) in want {
+                impose(field, live.entry(name.clone()).or_insert(Value::Null));
+            }
+        }
+        (Value::Array(want), Value::Array(live)) => {
+            let key = list_key(want);
+            let imposed = want.iter().map(|item| {
+                let mut held =
+                    key.and_then(|key| find(live, key, &item[key]).cloned()).unwrap_or(Value::Null);
+                impose(item, &mut held);
+                held
+            });
+            *live = imposed.collect();
+        }
+        (want, live) => *live = want.clone(),
+    }
+}
+
 /// Lays `over` on `base`: objects field by field, keyed lists element by element, everything else replaced. A null
 /// removes the field.
 pub fn overlay(base: &mut Value, over: &Value) {
@@ -180,6 +202,19 @@ mod tests {
     }
 
     #[test]
+    fn imposing_keeps_what_others_added_but_no_stranger_in_our_lists() {
+        let want = json!({"ports": [{"name": "http", "port": 80}], "type": "ClusterIP"});
+        let mut live = json!({"clusterIP": "10.0.0.1", "type": "NodePort", "ports": [
+            {"name": "http", "port": 81, "protocol": "TCP"}, {"name": "more", "port": 9}]});
+        impose(&want, &mut live);
+        assert_eq!(
+            live,
+            json!({"clusterIP": "10.0.0.1", "type": "ClusterIP",
+                "ports": [{"name": "http", "port": 80, "protocol": "TCP"}]})
+        );
+    }
+
+    #[test]
     fn what_the_server_normalises_is_kept_as_it_answers() {
         let sent = json!({"cpu": "1000m", "gone": [], "env": [{"name": "A", "value": "1"}]});
         let answered =
@@ -211,7 +246,16 @@ mod tests {
             let mut twice = value.clone();
             overlay(&mut twice, &value);
             prop_assert_eq!(&twice, &value);
+            let mut imposed = value.clone();
+            impose(&value, &mut imposed);
+            prop_assert_eq!(&imposed, &value);
             prop_assert_eq!(settled(&value, &value), value);
+        }
+
+        #[test]
+        fn nothing_differs_after_imposing(want in json_value(), mut live in json_value()) {
+            impose(&want, &mut live);
+            prop_assert!(!differs(&want, &live));
         }
 
         #[test]

@@ -21,6 +21,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use plimsoll_crds::LLMDeployment;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 use crate::desired::names;
 
@@ -31,6 +32,8 @@ const CATCH_UP_STEP: Duration = Duration::from_millis(5);
 /// One cache per kind, filled by one watch each.
 pub struct Caches {
     pub objects: Store<LLMDeployment>,
+    /// True once every cache but `objects` has seen its first list.
+    filled: watch::Receiver<bool>,
     deployments: Store<Deployment>,
     services: Store<Service>,
     service_accounts: Store<ServiceAccount>,
@@ -95,8 +98,10 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let (facts, facts_writer) = store();
     let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
+    let (fill, filled) = watch::channel(false);
     let caches = Arc::new(Caches {
         objects,
+        filled,
         deployments,
         services,
         service_accounts,
@@ -108,11 +113,19 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         pods,
         nodes,
     });
+    let filling = caches.clone();
+    tokio::spawn(async move {
+        // An error means that the watches are gone, and the process with them.
+        if filling.wait_for_first_lists().await.is_ok() {
+            fill.send_replace(true);
+        }
+        fill.closed().await;
+    });
     let scope = Scope { client, namespace };
     let mut triggers = SelectAll::new();
     let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
     let everything = watcher::Config::default();
-    triggers.push(watch(scope.api(), everything.clone(), objects_writer, trim_meta, own));
+    triggers.push(follow(scope.api(), everything.clone(), objects_writer, trim_meta, own));
     triggers.push(scope.children(deployments_writer, trim_meta));
     triggers.push(scope.children(services_writer, trim_meta));
     triggers.push(scope.children(service_accounts_writer, trim_meta));
@@ -123,10 +136,10 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     triggers.push(scope.children(facts_writer, trim_meta));
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
-    triggers.push(watch(scope.api(), ours(), pods_writer, trim_pod, by_label));
+    triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
     let objects = caches.objects.clone();
     let unplanned = move |_: &Node| objects_without_a_plan(&objects);
-    triggers.push(watch(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
+    triggers.push(follow(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
     (caches, triggers)
 }
 
@@ -148,7 +161,7 @@ impl Scope<'_> {
         writer: reflector::store::Writer<K>,
         trim: fn(&mut K),
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
-        watch(self.api(), ours(), writer, trim, |child: &K| owners(child))
+        follow(self.api(), ours(), writer, trim, |child: &K| owners(child))
     }
 }
 
@@ -156,7 +169,7 @@ fn ours() -> watcher::Config {
     watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER))
 }
 
-fn watch<K>(
+fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
     writer: reflector::store::Writer<K>,
@@ -265,9 +278,20 @@ pub struct SeenModel {
 }
 
 impl Caches {
-    /// Waits until every cache has seen its first list.
-    pub async fn ready(&self) -> Result<(), reflector::store::WriterDropped> {
-        self.objects.wait_until_ready().await?;
+    /// Waits until every cache has seen its first list. The controller itself waits for `objects`.
+    pub async fn ready(&self) {
+        let mut filled = self.filled.clone();
+        // An error means that the watches are gone, and the process with them.
+        let _ = filled.wait_for(|filled| *filled).await;
+    }
+
+    pub fn is_ready(&self) -> bool {
+        *self.filled.borrow()
+    }
+
+    /// A store wakes one waiter only, so exactly one task may wait here, and none for `objects`, whose waiter is the
+    /// controller.
+    async fn wait_for_first_lists(&self) -> Result<(), reflector::store::WriterDropped> {
         self.deployments.wait_until_ready().await?;
         self.services.wait_until_ready().await?;
         self.service_accounts.wait_until_ready().await?;

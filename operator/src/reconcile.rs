@@ -12,7 +12,6 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{LLMDeployment, Reason};
-use thiserror::Error;
 
 use crate::apply::{ApplyError, Owner, Writer};
 use crate::desired::model::Place;
@@ -40,14 +39,6 @@ pub struct Context {
     pub settings: Settings,
 }
 
-#[derive(Debug, Error)]
-pub enum Error {
-    #[error(transparent)]
-    Apply(#[from] ApplyError),
-    #[error("a cache is gone")]
-    Caches(#[from] kube::runtime::reflector::store::WriterDropped),
-}
-
 /// How far a pass came; what it hands to status.
 #[derive(Default)]
 struct Pass {
@@ -62,8 +53,11 @@ struct Pass {
     again: Option<Duration>,
 }
 
-pub async fn reconcile(object: Arc<LLMDeployment>, context: Arc<Context>) -> Result<Action, Error> {
-    context.caches.ready().await?;
+pub async fn reconcile(
+    object: Arc<LLMDeployment>,
+    context: Arc<Context>,
+) -> Result<Action, ApplyError> {
+    context.caches.ready().await;
     if object.metadata.deletion_timestamp.is_some() {
         // Owner references collect the children; nothing is left for us to do.
         return Ok(Action::await_change());
@@ -74,7 +68,7 @@ pub async fn reconcile(object: Arc<LLMDeployment>, context: Arc<Context>) -> Res
     done
 }
 
-async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Error> {
+async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, ApplyError> {
     let identity = Identity::of(object);
     let mut pass = Pass::default();
     let outcome = match Spec::parse(object) {

@@ -25,11 +25,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
+use crate::apply::ApplyError;
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
 use crate::metrics::Metrics;
 use crate::observe::{self, Caches, Triggers};
-use crate::reconcile::{Context, Error, reconcile};
+use crate::reconcile::{Context, reconcile};
 
 /// The operator waits more than it computes; two threads keep it small.
 const WORKER_THREADS: usize = 2;
@@ -178,7 +179,7 @@ async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Rec
         };
         CancelableJoinHandle::spawn(work, &tokio::runtime::Handle::current())
     };
-    let policy = move |object: Arc<LLMDeployment>, error: &Error, _: Arc<Context>| {
+    let policy = move |object: Arc<LLMDeployment>, error: &ApplyError, _: Arc<Context>| {
         let error = anyhow::Error::msg(chain(error));
         tracing::warn!(%error, object = %name(object.meta()), "a reconcile failed");
         Action::requeue(failures.next(object.meta()))
@@ -291,9 +292,10 @@ async fn readyz(State(served): State<Arc<Served>>) -> (StatusCode, &'static str)
     let Some(caches) = served.caches.get() else {
         return (StatusCode::OK, "waiting for the Lease");
     };
-    match tokio::time::timeout(Duration::from_millis(100), caches.ready()).await {
-        Ok(Ok(())) => (StatusCode::OK, "leading"),
-        _ => (StatusCode::SERVICE_UNAVAILABLE, "the caches are filling"),
+    if caches.is_ready() {
+        (StatusCode::OK, "leading")
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, "the caches are filling")
     }
 }
 

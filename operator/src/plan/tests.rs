@@ -183,7 +183,7 @@ fn any_facts() -> impl Strategy<Value = ModelFacts> {
             kv_heads,
             heads: kv_heads * groups,
             head_dim: 1 << log_head_dim,
-            hidden: kv_heads * groups << log_head_dim,
+            hidden: (kv_heads * groups) << log_head_dim,
             parameters: ParametersByRole { mlp: parameters, ..Default::default() },
             context_tokens,
             ..facts()

@@ -1,0 +1,366 @@
+//! A namespace on a real API server with the operator at work in it. Controllers and kubelets are not there: the test
+//! plays them where it has to, by writing the status of Jobs and pods.
+
+use std::fmt::Debug;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Api, Client, Config, Resource, ResourceExt};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, generated};
+use plimsoll_tests::cluster::{ApiServer, AuditEvent, Shared, shared_api_server};
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::time::sleep;
+
+/// Everything the tests wait for comes about within this on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub trait Kind:
+    Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + Debug
+{
+}
+impl<K> Kind for K where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Debug
+{
+}
+
+pub struct World {
+    server: Shared<ApiServer>,
+    pub client: Client,
+    pub namespace: String,
+    /// The API user of operators in this namespace; audit events are counted by it.
+    pub user: String,
+}
+
+/// A running operator; it ends with the value.
+pub struct Operator {
+    child: Child,
+    address: String,
+    log: PathBuf,
+}
+
+impl World {
+    /// None where this machine cannot run an API server, which has been said.
+    pub async fn new(test: &str) -> Option<World> {
+        let server = shared_api_server()?;
+        let kubeconfig = Kubeconfig::read_from(server.kubeconfig()).unwrap();
+        let options = KubeConfigOptions::default();
+        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap();
+        let client = Client::try_from(config).unwrap();
+        static WORLDS: AtomicU32 = AtomicU32::new(0);
+        let number = WORLDS.fetch_add(1, Ordering::Relaxed);
+        let namespace = format!("{test}-{number}");
+        let world = World { server, client, user: format!("operator-{namespace}"), namespace };
+        world.prepare().await;
+        Some(world)
+    }
+
+    async fn prepare(&self) {
+        self.server.kubectl().apply(&generated::crd_yaml()).unwrap();
+        let wait = ["wait", "--for=condition=Established", "crd/llmdeployments.plimsoll.dev"];
+        self.server.kubectl().run(&wait).unwrap();
+        let body = json!({"metadata": {"name": self.namespace}});
+        let namespace: Namespace = serde_json::from_value(body).unwrap();
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        namespaces.create(&PostParams::default(), &namespace).await.unwrap();
+        // Without a controller-manager nobody makes the account that pods get when they name none.
+        self.create::<ServiceAccount>(json!({"metadata": {"name": "default"}})).await;
+        self.set_nodes(1).await;
+    }
+
+    /// Exactly the nodes `node-0` to `node-(count-1)`, each with 8 CPUs and 16 GiB.
+    pub async fn set_nodes(&self, count: usize) {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let all = ListParams::default();
+        nodes.delete_collection(&DeleteParams::default(), &all).await.unwrap();
+        for index in 0..count {
+            let body = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": format!("node-{index}")}});
+            let node: Node = serde_json::from_value(body).unwrap();
+            let name = nodes.create(&PostParams::default(), &node).await.unwrap().name_any();
+            let capacity = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
+            let patch = json!({"status": {"capacity": capacity, "allocatable": capacity,
+                "conditions": [{"type": "Ready", "status": "True"}]}, "spec": {"taints": null}});
+            nodes
+                .patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch))
+                .await
+                .unwrap();
+            nodes.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+        }
+    }
+
+    /// Starts an operator for this namespace; `more` flags come last.
+    pub fn operator(&self, more: &[&str]) -> Operator {
+        let kubeconfig = self.server.kubeconfig_for(&self.user, Some("system:masters")).unwrap();
+        Operator::start(&kubeconfig, &self.namespace, more)
+    }
+
+    pub fn api<K: Kind>(&self) -> Api<K> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    pub async fn create<K: Kind + serde::Serialize>(&self, body: Value) -> K {
+        let object: K = serde_json::from_value(body).unwrap();
+        self.api().create(&PostParams::default(), &object).await.unwrap()
+    }
+
+    pub async fn get<K: Kind>(&self, name: &str) -> Option<K> {
+        self.api().get_opt(name).await.unwrap()
+    }
+
+    pub async fn list<K: Kind>(&self, selector: &str) -> Vec<K> {
+        self.api().list(&ListParams::default().labels(selector)).await.unwrap().items
+    }
+
+    pub async fn merge<K: Kind>(&self, name: &str, patch: Value) -> K {
+        let params = PatchParams { field_manager: Some("a-person".into()), ..Default::default() };
+        self.api().patch(name, &params, &Patch::Merge(&patch)).await.unwrap()
+    }
+
+    pub async fn merge_status<K: Kind>(&self, name: &str, status: Value) {
+        let patch = json!({"status": status});
+        let api: Api<K> = self.api();
+        api.patch_status(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+    }
+
+    pub async fn delete<K: Kind>(&self, name: &str) {
+        self.api::<K>().delete(name, &DeleteParams::background()).await.unwrap();
+    }
+
+    /// Applies an LLMDeployment whose model lies in the claim `models`.
+    pub async fn declare(&self, name: &str, spec: Value) -> LLMDeployment {
+        let mut whole = json!({"model": {"source": "pvc://models/tiny"}});
+        for (field, value) in spec.as_object().unwrap() {
+            whole[field] = value.clone();
+        }
+        self.create(json!({"apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
+            "metadata": {"name": name}, "spec": whole}))
+            .await
+    }
+
+    /// Waits until `check` brings something about the object's status.
+    pub async fn status<T>(
+        &self,
+        name: &str,
+        what: &str,
+        check: impl Fn(&LLMDeploymentStatus) -> Option<T>,
+    ) -> T {
+        self.eventually::<LLMDeployment, T>(name, what, |object| check(object.status.as_ref()?))
+            .await
+    }
+
+    /// Waits until the condition stands with this status and reason; returns its message.
+    pub async fn condition(&self, name: &str, kind: &str, status: &str, reason: &str) -> String {
+        self.status(name, &format!("{kind}={status} {reason}"), |held| {
+            let condition = held.conditions.iter().find(|held| held.type_ == kind)?;
+            (condition.status == status && condition.reason == reason)
+                .then(|| condition.message.clone())
+        })
+        .await
+    }
+
+    /// Waits until the object is there and `check` brings something.
+    pub async fn eventually<K: Kind, T>(
+        &self,
+        name: &str,
+        what: &str,
+        check: impl Fn(&K) -> Option<T>,
+    ) -> T {
+        let began = Instant::now();
+        loop {
+            let object = self.get::<K>(name).await;
+            if let Some(found) = object.as_ref().and_then(&check) {
+                return found;
+            }
+            assert!(began.elapsed() < PATIENCE, "{what} did not come about; now: {object:#?}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    pub async fn eventually_gone<K: Kind>(&self, name: &str) {
+        let began = Instant::now();
+        while let Some(object) = self.get::<K>(name).await {
+            assert!(began.elapsed() < PATIENCE, "still there: {object:#?}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The one inspect Job, once it is there.
+    pub async fn inspect_job(&self) -> Job {
+        let began = Instant::now();
+        loop {
+            let mut jobs = self.list::<Job>("plimsoll.dev/model").await;
+            assert!(jobs.len() < 2, "one Job per source: {jobs:#?}");
+            if let Some(job) = jobs.pop() {
+                return job;
+            }
+            assert!(began.elapsed() < PATIENCE, "no inspect Job came about");
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Plays kubelet and Job controller: the inspect Job's pod ends with `message`.
+    pub async fn finish_inspect(&self, message: &Value, exit_code: i32) -> Job {
+        let job = self.inspect_job().await;
+        let template = serde_json::to_value(&job.spec.as_ref().unwrap().template).unwrap();
+        let name = format!("{}-pod", job.name_any());
+        let mut spec = template["spec"].clone();
+        spec["nodeName"] = "node-0".into();
+        self.create::<Pod>(
+            json!({"metadata": {"name": name, "labels": template["metadata"]["labels"]},
+            "spec": spec}),
+        )
+        .await;
+        let ended =
+            json!({"exitCode": exit_code, "message": message.to_string(), "reason": "Completed"});
+        let phase = if exit_code == 0 { "Succeeded" } else { "Failed" };
+        self.merge_status::<Pod>(
+            &name,
+            json!({"phase": phase, "containerStatuses": [{
+            "name": "inspect", "image": "i", "imageID": "i", "ready": false, "restartCount": 0,
+            "state": {"terminated": ended}}]}),
+        )
+        .await;
+        let at = "2026-01-01T00:00:00Z";
+        let condition = |kind: &str| json!({"type": kind, "status": "True", "lastTransitionTime": at, "lastProbeTime": at});
+        let status = if exit_code == 0 {
+            json!({"startTime": at, "completionTime": at, "succeeded": 1, "ready": 0, "uncountedTerminatedPods": {},
+                "conditions": [condition("SuccessCriteriaMet"), condition("Complete")]})
+        } else {
+            json!({"startTime": at, "failed": 1, "ready": 0, "uncountedTerminatedPods": {},
+                "conditions": [condition("FailureTarget"), condition("Failed")]})
+        };
+        self.merge_status::<Job>(&job.name_any(), status).await;
+        job
+    }
+
+    /// Plays the Deployment's controllers: one pod of its template, ready or not. Returns the pod's name.
+    pub async fn run_pod(&self, deployment: &str, ready: bool) -> String {
+        let held: k8s_openapi::api::apps::v1::Deployment = self.get(deployment).await.unwrap();
+        let template = serde_json::to_value(&held.spec.template).unwrap();
+        static PODS: AtomicU32 = AtomicU32::new(0);
+        let name = format!("{deployment}-pod-{}", PODS.fetch_add(1, Ordering::Relaxed));
+        let mut spec = template["spec"].clone();
+        spec["nodeName"] = "node-0".into();
+        let metadata = json!({"name": name, "labels": template["metadata"]["labels"]});
+        self.create::<Pod>(json!({"metadata": metadata, "spec": spec})).await;
+        let said = if ready { "True" } else { "False" };
+        let status = json!({"phase": "Running", "conditions": [
+            {"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": said}]});
+        self.merge_status::<Pod>(&name, status).await;
+        name
+    }
+
+    /// From nothing to Ready, with `replicas` pods.
+    pub async fn bring_up(&self, name: &str, spec: Value) -> LLMDeployment {
+        let declared = self.declare(name, spec).await;
+        self.finish_inspect(&facts(), 0).await;
+        self.condition(name, "Ready", "False", "CreatingPods").await;
+        for _ in 0..declared.spec.replicas {
+            self.run_pod(name, true).await;
+        }
+        self.condition(name, "Ready", "True", "Serving").await;
+        declared
+    }
+
+    /// Requests of this namespace's operators, but for the Lease.
+    pub fn requests(&self) -> Vec<AuditEvent> {
+        let mut events = self.server.audit().unwrap();
+        events.retain(|event| event.user == self.user && event.resource != "leases");
+        events
+    }
+
+    pub fn writes(&self) -> Vec<AuditEvent> {
+        let mut events = self.requests();
+        events.retain(AuditEvent::is_write);
+        events
+    }
+
+    /// Runs `act` and waits out a quiet time; the requests but for watches that came meanwhile.
+    pub async fn requests_during(&self, quiet: Duration) -> Vec<AuditEvent> {
+        let before = self.requests().len();
+        sleep(quiet).await;
+        let mut events = self.requests().split_off(before);
+        events.retain(|event| event.verb != "watch");
+        events
+    }
+}
+
+impl Operator {
+    fn start(kubeconfig: &std::path::Path, namespace: &str, more: &[&str]) -> Operator {
+        static OPERATORS: AtomicU32 = AtomicU32::new(0);
+        let number = OPERATORS.fetch_add(1, Ordering::Relaxed);
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let log = std::env::temp_dir()
+            .join(format!("plimsoll-operator-{}-{number}.log", std::process::id()));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_plimsoll"));
+        command
+            .args(["run", "--namespace", namespace, "--lease-namespace", namespace])
+            .args(["--listen", &address, "--identity", &format!("operator-{number}")])
+            .args(more)
+            .env("KUBECONFIG", kubeconfig)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log).unwrap());
+        Operator { child: command.spawn().unwrap(), address, log }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// What one of its HTTP endpoints answers, head and body.
+    pub fn ask(&self, path: &str) -> String {
+        let mut stream = std::net::TcpStream::connect(&self.address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: operator\r\nconnection: close\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// SIGTERM, then its end; true where it ended with status 0.
+    pub fn stop(mut self) -> bool {
+        Command::new("kill").arg(self.child.id().to_string()).status().unwrap();
+        self.child.wait().unwrap().success()
+    }
+}
+
+impl Drop for Operator {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        self.child.kill().ok();
+        self.child.wait().ok();
+        if std::thread::panicking() {
+            eprintln!("--- operator log ---\n{}", self.log());
+        }
+        std::fs::remove_file(&self.log).ok();
+    }
+}
+
+/// Facts of a small model, as `inspect` prints them.
+pub fn facts() -> Value {
+    json!({
+        "family": "llama", "architecture": "LlamaForCausalLM",
+        "parameters": {"embedding": 1_048_576, "attention": 900_000, "mlp": 3_500_000, "norm": 3_328, "head": 0},
+        "diskBytes": {"BF16": 10_903_808}, "layers": 6, "hidden": 256, "intermediate": 768, "heads": 4,
+        "kvHeads": 2, "headDim": 64, "vocabulary": 4096, "contextTokens": 2048, "tiedHead": true,
+        "chatTemplate": true,
+    })
+}
