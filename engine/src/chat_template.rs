@@ -226,8 +226,9 @@ fn without_generation_tags(source: &str) -> String {
     let mut rest = source;
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
+        // Behind the opening: in `{%}` one percent sign cannot serve twice.
+        let Some(close) = tag[2..].find("%}").map(|at| at + 2) else { break };
         out.push_str(before);
-        let Some(close) = tag.find("%}") else { break };
         let (tag, after) = tag.split_at(close + 2);
         let inner = &tag[2..close];
         let word = inner.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());

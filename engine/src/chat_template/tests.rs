@@ -65,6 +65,17 @@ fn generation_tags_leave_their_content_and_their_trimming() {
 }
 
 #[test]
+fn a_tag_that_never_closes_is_refused_as_it_stands() {
+    for source in ["{%}", "a {%}", "a {%", "{%%}", "b {% generation {%}"] {
+        assert_eq!(without_generation_tags(source), source);
+        assert!(
+            matches!(render(source, json!([])), Err(ChatTemplateError::Invalid(_))),
+            "{source}"
+        );
+    }
+}
+
+#[test]
 fn the_clients_variables_reach_the_template_but_cannot_replace_the_messages() {
     let source = "{{ enable_thinking }} {{ messages | length }}";
     let variables = json!({"enable_thinking": false, "messages": [1, 2, 3]});
