@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/plimsoll
-BIN := $(or $(CARGO_TARGET_DIR),target)/release
+BIN := $(abspath $(or $(CARGO_TARGET_DIR),target))/release
 CARGO := cargo
 # One profile for everything (docs/decisions/0001) and one selection of crates, so that each is compiled once.
 RELEASE := --release --workspace --locked
@@ -20,6 +20,14 @@ include tests/cluster.mk
 build: ## Compile both programs into target/release
 	$(CARGO) build $(RELEASE) --bins
 
+.PHONY: serve
+serve: build ## Build, and serve the bundled model with no cluster: plan, address, a line to try (Ctrl-C drains)
+	$(BIN)/plimsoll up examples/local.yaml
+
+.PHONY: bench
+bench: build ## Tokens per second of the bundled model on this machine
+	$(BIN)/plimsoll-engine bench --model tests/model
+
 .PHONY: check
 check: ## Formatting, and lints as errors
 	@for part in fmt clippy; do \
@@ -32,12 +40,14 @@ check: ## Formatting, and lints as errors
 .PHONY: test
 test: setup ## Every test there is; installs what they need (cluster tests need root, and say so without)
 	$(CARGO) build $(RELEASE) --all-targets
-	$(CARGO) test $(RELEASE) --no-fail-fast
-	tests/api/run.sh
+	@status=0; \
+	PLIMSOLL_ENGINE=$(BIN)/plimsoll-engine tests/api/run.sh || status=1; \
+	$(CARGO) test $(RELEASE) --no-fail-fast || status=1; \
+	exit $$status
 
 .PHONY: api
 api: build ## OpenAI's own Python client against the engine with the bundled model
-	tests/api/run.sh
+	PLIMSOLL_ENGINE=$(BIN)/plimsoll-engine tests/api/run.sh
 
 .PHONY: fuzz
 fuzz: ## Every fuzz target for 60 s: bodies, templates, checkpoints (PLIMSOLL_FUZZ_SEED repeats a run)
