@@ -3,7 +3,9 @@
 
 use std::fmt::Write;
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
+use serde_json::Value;
 
 use crate::{ConditionType, LLMDeployment, Reason};
 
@@ -30,7 +32,31 @@ pub fn files() -> [GeneratedFile; 3] {
 
 /// The CRD as `plimsoll crd` prints it.
 pub fn crd_yaml() -> String {
-    serde_yaml_ng::to_string(&LLMDeployment::crd()).expect("a CRD is plain data")
+    serde_yaml_ng::to_string(&crd()).expect("a CRD is plain data")
+}
+
+/// What derive says, in words that `kubectl` shows well.
+pub fn crd() -> CustomResourceDefinition {
+    let mut crd = serde_json::to_value(LLMDeployment::crd()).expect("a CRD is plain data");
+    polish(&mut crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]);
+    serde_json::from_value(crd).expect("only words were changed")
+}
+
+/// Descriptions lose the line breaks of source code, which `kubectl explain` would keep; enums lose the null that
+/// derive adds to optional ones, which refusals would list as a word.
+fn polish(schema: &mut Value) {
+    if let Some(Value::String(description)) = schema.get_mut("description") {
+        *description = description.replace('\n', " ");
+    }
+    if let Some(Value::Array(words)) = schema.get_mut("enum") {
+        words.retain(|word| !word.is_null());
+    }
+    if let Some(Value::Object(fields)) = schema.get_mut("properties") {
+        fields.values_mut().for_each(polish);
+    }
+    if let Some(items) = schema.get_mut("items") {
+        polish(items);
+    }
 }
 
 fn status_page() -> String {

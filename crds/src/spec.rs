@@ -46,16 +46,16 @@ use crate::status::LLMDeploymentStatus;
 #[serde(rename_all = "camelCase")]
 #[x_kube(
     validation = Rule::new("!has(self.storage) || self.model.source.startsWith('hf://')")
-        .message("spec.storage holds downloads of hf:// sources only: remove it, a pvc:// or file:// source brings its own storage")
+        .message("holds downloads of hf:// sources only: remove it, a pvc:// or file:// source brings its own storage")
         .field_path(".storage"),
     validation = Rule::new("!has(self.model.credentials) || self.model.source.startsWith('hf://')")
-        .message("spec.model.credentials are sent to a model hub only: remove them, or use an hf:// source")
+        .message("are sent to a model hub only: remove them, or use an hf:// source")
         .field_path(".model.credentials"),
     validation = Rule::new("!has(self.contextTokens) || !has(self.workload) || !has(self.workload.promptTokens) || !has(self.workload.outputTokens) || self.workload.promptTokens + self.workload.outputTokens <= self.contextTokens")
-        .message("spec.workload: promptTokens + outputTokens exceed spec.contextTokens, so such a request could never run: raise contextTokens or lower the workload")
+        .message("promptTokens + outputTokens exceed spec.contextTokens, so such a request could never run: raise contextTokens or lower the workload")
         .field_path(".workload"),
     validation = Rule::new("!has(self.contextTokens) || !has(self.cache) || !has(self.cache.tokens) || self.contextTokens <= self.cache.tokens")
-        .message("spec.cache.tokens is below spec.contextTokens, so a request of full length could never run: raise cache.tokens or lower contextTokens")
+        .message("is below spec.contextTokens, so a request of full length could never run: raise cache.tokens or lower contextTokens")
         .field_path(".cache.tokens")
 )]
 pub struct LLMDeploymentSpec {
@@ -122,15 +122,15 @@ pub struct Model {
     #[schemars(length(min = 1, max = 512))]
     #[x_kube(
         validation = Rule::new("self.startsWith('hf://') || self.startsWith('pvc://') || self.startsWith('file://')")
-            .message("spec.model.source must start with hf:// (model hub), pvc:// (a PersistentVolumeClaim) or file:// (a folder): for instance hf://Qwen/Qwen3-0.6B"),
+            .message("must start with hf:// (model hub), pvc:// (a PersistentVolumeClaim) or file:// (a folder): for instance hf://Qwen/Qwen3-0.6B"),
         validation = Rule::new("!self.startsWith('hf://') || self.matches('^hf://[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}(@[A-Za-z0-9][A-Za-z0-9._/-]{0,127})?$')")
-            .message("spec.model.source: an hf:// source is hf://ORG/NAME or hf://ORG/NAME@REVISION, for instance hf://Qwen/Qwen3-0.6B@main"),
+            .message("an hf:// source is hf://ORG/NAME or hf://ORG/NAME@REVISION, for instance hf://Qwen/Qwen3-0.6B@main"),
         validation = Rule::new("!self.startsWith('pvc://') || self.matches('^pvc://[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(/[A-Za-z0-9._/-]*)?$')")
-            .message("spec.model.source: a pvc:// source is pvc://CLAIM or pvc://CLAIM/PATH, for instance pvc://models/llama-3.2-1b"),
+            .message("a pvc:// source is pvc://CLAIM or pvc://CLAIM/PATH, for instance pvc://models/llama-3.2-1b"),
         validation = Rule::new("!self.startsWith('file://') || self.matches('^file:///[^[:cntrl:]]+$')")
-            .message("spec.model.source: a file:// source has an absolute path here, for instance file:///models/llama; a path relative to the manifest works in `plimsoll up` only"),
+            .message("a file:// source has an absolute path here, for instance file:///models/llama; a path relative to the manifest works in `plimsoll up` only"),
         validation = Rule::new("!self.contains('..')")
-            .message("spec.model.source must not contain '..': name the folder directly")
+            .message("must not contain '..': name the folder directly")
     )]
     pub source: String,
 
@@ -138,7 +138,7 @@ pub struct Model {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 128))]
     #[x_kube(validation = Rule::new("self.matches('^[A-Za-z0-9][A-Za-z0-9._:/-]*$')")
-        .message("spec.model.name may hold letters, digits and . _ : / - and starts with a letter or digit"))]
+        .message("may hold letters, digits and . _ : / - and starts with a letter or digit"))]
     pub name: Option<String>,
 
     /// Credentials for the source, where it needs any. The operator never reads them: the download mounts them.
@@ -241,7 +241,7 @@ pub struct Storage {
     /// Size of the claim, for instance 50Gi. Absent: 20Gi.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
-        .message("spec.storage.size must be a positive quantity, for instance 50Gi"))]
+        .message("must be a positive quantity, for instance 50Gi"))]
     pub size: Option<Amount>,
 
     /// StorageClass of the claim. Absent: the cluster's default.
@@ -264,14 +264,14 @@ pub struct Resources {
     /// CPU of one pod, for instance 2 or 500m. Absent: a quarter of the largest node is requested, and no limit set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
-        .message("spec.resources.cpu must be a positive quantity, for instance 2 or 500m"))]
+        .message("must be a positive quantity, for instance 2 or 500m"))]
     pub cpu: Option<Amount>,
 
     /// Memory of one pod, for instance 4Gi. The plan must fit into it; the rest goes to no one. Absent: bounded by the
     /// largest node alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
-        .message("spec.resources.memory must be a positive quantity, for instance 4Gi"))]
+        .message("must be a positive quantity, for instance 4Gi"))]
     pub memory: Option<Amount>,
 }
 

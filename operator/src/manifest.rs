@@ -5,8 +5,7 @@
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use kube::CustomResourceExt;
-use plimsoll_crds::LLMDeployment;
+use plimsoll_crds::{LLMDeployment, generated};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -42,7 +41,7 @@ fn parse(text: &str) -> anyhow::Result<LLMDeployment> {
     if object["apiVersion"] != "plimsoll.dev/v1alpha1" {
         bail!("apiVersion must be plimsoll.dev/v1alpha1, and is {}", object["apiVersion"]);
     }
-    let schema = serde_json::to_value(LLMDeployment::crd()).expect("a CRD is plain data");
+    let schema = serde_json::to_value(generated::crd()).expect("a CRD is plain data");
     let schema = &schema["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
     let mut problems = Vec::new();
     check(&object["spec"], schema, "spec", &mut problems);
