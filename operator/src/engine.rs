@@ -31,8 +31,7 @@ pub struct Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        // It may never have been written, and nobody reads it after us.
-        let _ = std::fs::remove_file(&self.termination_file);
+        self.forget_report();
     }
 }
 
@@ -52,7 +51,9 @@ impl Engine {
     /// What `inspect` finds out about a folder.
     pub fn inspect(&self, directory: &Path) -> anyhow::Result<ModelFacts> {
         let mut command = self.command();
-        command.arg("inspect").arg(directory).arg("--json").stdout(Stdio::piped());
+        command.arg("inspect").arg(directory).arg("--json");
+        // Its report says the same as its standard error, and is shown with the remedy.
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let output = self.run(command)?;
         serde_json::from_slice(&output)
             .context("the engine's facts cannot be read: is it of another version?")
@@ -71,6 +72,7 @@ impl Engine {
     /// The serving process, not started yet. It gets a process group of its own, so that Ctrl-C reaches it through us
     /// alone, and it ends when we end, however we do.
     pub fn serve(&self, directory: &Path, flags: impl IntoIterator<Item = OsString>) -> Command {
+        self.forget_report();
         let mut command = self.command();
         command.arg("serve").arg("--model").arg(directory).args(flags).arg(self.termination_flag());
         command.stdin(Stdio::null()).process_group(0);
@@ -90,7 +92,7 @@ impl Engine {
                 code,
                 reason: "the engine ended".to_owned(),
                 message: format!("it did not say why ({status})"),
-                remedy: "read its log above",
+                remedy: "read what it printed; please report it",
             },
         }
     }
@@ -98,6 +100,11 @@ impl Engine {
     fn report(&self) -> Option<ExitReport> {
         let said = std::fs::read(&self.termination_file).ok()?;
         serde_json::from_slice(said.get(..TERMINATION_MESSAGE_BYTES_MAX).unwrap_or(&said)).ok()
+    }
+
+    /// What one verb said must not be taken for another's; most often there is nothing.
+    fn forget_report(&self) {
+        let _ = std::fs::remove_file(&self.termination_file);
     }
 
     fn command(&self) -> Command {
@@ -112,12 +119,15 @@ impl Engine {
 
     /// Runs to the end; standard output, where it is piped.
     fn run(&self, mut command: Command) -> anyhow::Result<Vec<u8>> {
-        // A report of an earlier verb must not be taken for this one's.
-        let _ = std::fs::remove_file(&self.termination_file);
+        self.forget_report();
         command.arg(self.termination_flag()).stdin(Stdio::null());
         let child =
             command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
         let output = child.wait_with_output()?;
+        if !output.status.success() && self.report().is_none() {
+            // Empty where it was not piped, and has been seen already.
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+        }
         if output.status.success() {
             Ok(output.stdout)
         } else {

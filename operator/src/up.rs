@@ -134,6 +134,8 @@ fn start(args: &UpArgs, prepared: &Prepared) -> anyhow::Result<Child> {
         plan::flags(plan, spec).into_iter().map(OsString::from).collect();
     // No endpoints have to catch up here, so a drain begins at once.
     flags.extend([format!("--listen={address}").into(), "--drain-grace=0s".into()]);
+    // The engine's lines stand among ours, for the same eyes.
+    flags.push("--log-format=text".into());
     if let Some(file) = &args.api_key_file {
         flags.extend(["--api-key-file".into(), file.into()]);
     }
@@ -179,7 +181,9 @@ fn announce(prepared: &Prepared, took: Duration) {
 async fn answer(prepared: &Prepared, question: &str) -> anyhow::Result<()> {
     let Prepared { spec, facts, address, key, .. } = prepared;
     let interface = interface(facts);
-    let body = interface.body(&spec.served_name, question);
+    let mut body = interface.body(&spec.served_name, question);
+    // The likeliest answer, so that the same question is answered alike.
+    body["temperature"] = 0.into();
     let mut out = std::io::stdout();
     eprintln!("  > {question}");
     ask::ask(reachable(*address), key.as_deref(), interface, &body, |piece| {

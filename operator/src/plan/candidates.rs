@@ -16,6 +16,8 @@ const CPU_MILLIS_MIN: u32 = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
     pub class: String,
+    /// The best node itself.
+    pub name: String,
     pub memory_bytes: u64,
     pub cpu_millis: u32,
 }
@@ -69,13 +71,24 @@ pub fn cpu_request(spec: &Spec, machine: &Machine) -> u32 {
 /// that the refusal can say how much there is.
 fn cpu_machine(spec: &Spec, nodes: &[NodeResources]) -> Option<Machine> {
     let wanted = spec.budget.cpu_millis.unwrap_or(0);
-    let best = nodes
-        .iter()
-        .filter(|node| node.cpu_millis >= wanted)
-        .max_by_key(|node| (node.memory_bytes, node.cpu_millis))
-        .or_else(|| nodes.iter().max_by_key(|node| (node.cpu_millis, node.memory_bytes)))?;
+    let enough = nodes.iter().filter(|node| node.cpu_millis >= wanted);
+    // Equal nodes are told apart by name, so that their order does not matter.
+    let best = enough
+        .max_by(|a, b| {
+            (a.memory_bytes, a.cpu_millis, &b.name).cmp(&(b.memory_bytes, b.cpu_millis, &a.name))
+        })
+        .or_else(|| {
+            nodes.iter().max_by(|a, b| {
+                (a.cpu_millis, a.memory_bytes, &b.name).cmp(&(
+                    b.cpu_millis,
+                    b.memory_bytes,
+                    &a.name,
+                ))
+            })
+        })?;
     Some(Machine {
         class: "cpu".to_owned(),
+        name: best.name.clone(),
         memory_bytes: best.memory_bytes,
         cpu_millis: best.cpu_millis,
     })

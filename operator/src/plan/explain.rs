@@ -109,12 +109,13 @@ pub fn chosen(spec: &Spec, candidate: &Candidate, fitted: &Fitted) -> String {
     } else {
         format!(", short of the {} that the workload asks for", count(fitted.demanded_tokens))
     };
-    let of_what = match spec.budget.memory_bytes {
-        Some(_) => "spec.resources.memory",
-        None => "the largest node",
+    let of_what = if spec.budget.memory_bytes == Some(candidate.capacity) {
+        "(spec.resources.memory)".to_owned()
+    } else {
+        format!("on {}", candidate.machine.name)
     };
     format!(
-        "{} is {exactness}; {} of {} ({of_what}), with {} tokens of KV cache{load}",
+        "{} is {exactness}; {} of {} {of_what}, with {} tokens of KV cache{load}",
         dtype(candidate.ability.weights),
         bytes(fitted.memory.total()),
         bytes(candidate.capacity),

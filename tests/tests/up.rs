@@ -1,0 +1,143 @@
+//! `plimsoll up` and `plimsoll plan` as a person runs them, with the bundled model and no cluster.
+
+// Helpers of tests are tests: a panic is how they report.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use plimsoll_tests::install::root;
+
+/// The program that was built beside this test.
+fn plimsoll() -> Command {
+    let here = std::env::current_exe().unwrap();
+    let program = here.ancestors().nth(2).unwrap().join("plimsoll");
+    assert!(program.exists(), "{} is not built; run `make build` first", program.display());
+    Command::new(program)
+}
+
+fn local_example() -> PathBuf {
+    root().join("examples/local.yaml")
+}
+
+fn said(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+fn up(manifest: &Path, more: &[&str]) -> Output {
+    let mut command = plimsoll();
+    command.args(["up", "--listen", "127.0.0.1:0"]).arg(manifest).args(more);
+    command.stdin(Stdio::null()).output().unwrap()
+}
+
+/// A manifest in a folder of its own, for a source given as text.
+fn manifest(name: &str, spec: &str) -> PathBuf {
+    let folder = std::env::temp_dir().join(format!("plimsoll-up-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("manifest.yaml");
+    let text = format!(
+        "apiVersion: plimsoll.dev/v1alpha1\nkind: LLMDeployment\nmetadata: {{name: plim}}\nspec: {spec}\n"
+    );
+    std::fs::write(&file, text).unwrap();
+    file
+}
+
+#[test]
+fn one_command_plans_serves_and_answers() {
+    let question = "Who is the harbour master of Plimsoll Bay?";
+    let output = up(&local_example(), &["--ask", question, "--once"]);
+    let (answer, told) = said(&output);
+    assert!(output.status.success(), "{told}");
+    assert!(answer.contains("harbour master") && answer.ends_with(".\n"), "{answer}\n{told}");
+    for words in ["F32 weights", "█ weights", "not taken", "curl -N http://127.0.0.1:", "drained"]
+    {
+        assert!(told.contains(words), "{words} in {told}");
+    }
+}
+
+#[test]
+fn the_plan_is_printed_as_data_with_the_flags_of_the_engine() {
+    let mut command = plimsoll();
+    command.args(["plan", "--output", "json", "--node-memory", "64Gi", "--node-cpu", "16", "-f"]);
+    let output = command.arg(local_example()).output().unwrap();
+    let plan: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(plan["plan"]["cache"]["tokens"], 8 * 2048);
+    assert_eq!(plan["plan"]["memoryBytes"]["capacity"], 64_u64 << 30);
+    let flags = plan["flags"].as_array().unwrap();
+    assert!(flags.contains(&"--kv-tokens=16384".into()), "{flags:?}");
+    assert!(output.status.success());
+}
+
+#[test]
+fn what_does_not_fit_is_refused_with_the_sum_and_an_exit_code() {
+    let mut command = plimsoll();
+    command.args(["plan", "--node-memory", "64Mi", "-f"]).arg(local_example());
+    let output = command.output().unwrap();
+    let (table, _) = said(&output);
+    assert!(!output.status.success());
+    for words in ["DoesNotFit", "of 64.0 MiB", "weights 22.0 MiB", "remedy"] {
+        assert!(table.contains(words), "{words} in {table}");
+    }
+}
+
+#[test]
+fn manifests_that_cannot_work_are_refused_before_anything_runs() {
+    for (name, spec, words) in [
+        ("claim", "{model: {source: 'pvc://models/x'}}", "only a cluster has"),
+        ("typo", "{model: {sorce: x}}", "spec.model.sorce is unknown"),
+        ("scheme", "{model: {source: 's3://x'}}", "must start with hf://"),
+        ("nowhere", "{model: {source: 'file://nowhere'}}", "no folder"),
+        ("suspended", "{model: {source: 'file:///x'}, suspend: true}", "spec.suspend is true"),
+        (
+            "keys",
+            "{model: {source: 'file:///x'}, auth: {apiKeysSecretRef: {name: k}}}",
+            "--api-key-file",
+        ),
+        ("missing", "{model: {source: 'file:///nowhere'}}", "ModelNotFound"),
+    ] {
+        let output = up(&manifest(name, spec), &[]);
+        let (answer, told) = said(&output);
+        assert!(!output.status.success() && answer.is_empty(), "{name}");
+        assert!(told.contains(words), "{name}: {words} in {told}");
+    }
+}
+
+#[test]
+fn a_broken_checkpoint_ends_with_the_reason_the_remedy_and_the_exit_code_of_the_engine() {
+    let file = manifest("broken", "{model: {source: 'file://.'}}");
+    let folder = file.parent().unwrap();
+    let model = root().join("tests/model");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(model.join(name), folder.join(name)).unwrap();
+    }
+    let weights = std::fs::read(model.join("model.safetensors")).unwrap();
+    std::fs::write(folder.join("model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    let output = up(&file, &[]);
+    let (_, told) = said(&output);
+    assert!(told.contains("CorruptWeights") && told.contains("remedy"), "{told}");
+    assert_eq!(output.status.code(), Some(15));
+}
+
+#[test]
+fn a_signal_drains_and_leaves_no_engine_behind() {
+    let mut command = plimsoll();
+    command.args(["up", "--listen", "127.0.0.1:0"]).arg(local_example());
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let ready = lines.find(|line| line.contains("ready      http://")).expect("it gets ready");
+    let address = ready.split("http://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+    assert!(std::net::TcpStream::connect(&address).is_ok());
+    interrupt(&child);
+    let rest: Vec<String> = lines.collect();
+    assert!(child.wait().unwrap().success(), "{rest:?}");
+    assert!(rest.iter().any(|line| line.contains("drained")), "{rest:?}");
+    assert!(std::net::TcpStream::connect(&address).is_err(), "nobody listens any more");
+}
+
+fn interrupt(child: &Child) {
+    let pid = i32::try_from(child.id()).unwrap();
+    // SAFETY: a signal to our own child, which has not been waited for.
+    assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+}
