@@ -1,0 +1,105 @@
+//! The Helm chart: clean under lint, refused values, and what a real API server says of what it renders, in a namespace
+//! that enforces the restricted pod security level.
+
+// Helpers of tests are tests: a panic is how they report.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+
+use plimsoll_tests::cluster::{Tools, shared_api_server};
+use plimsoll_tests::install::{NAMESPACE, root};
+use serde::Deserialize;
+use serde_json::Value;
+
+/// Standard output, or all that helm complained about.
+fn helm(tools: &Tools, args: &[&str]) -> Result<String, String> {
+    let words = tools.addon("helm");
+    let home = std::env::temp_dir().join(format!("plimsoll-helm-{}", std::process::id()));
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]).args(args).env("HELM_CACHE_HOME", &home);
+    command.env("HELM_CONFIG_HOME", &home).env("HELM_DATA_HOME", &home);
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    if output.status.success() {
+        return Ok(said);
+    }
+    Err(said + &String::from_utf8_lossy(&output.stderr))
+}
+
+fn template(tools: &Tools, settings: &[&str]) -> Result<String, String> {
+    let chart = root().join("charts/plimsoll").display().to_string();
+    let mut words = vec!["template", "plimsoll", &chart, "--namespace", NAMESPACE];
+    for setting in settings {
+        words.extend(["--set", setting]);
+    }
+    helm(tools, &words)
+}
+
+fn objects(rendered: &str) -> Vec<Value> {
+    serde_yaml_ng::Deserializer::from_str(rendered)
+        .map(|document| Value::deserialize(document).unwrap())
+        .filter(|object| !object.is_null())
+        .collect()
+}
+
+fn named<'a>(objects: &'a [Value], kind: &str, name: &str) -> Option<&'a Value> {
+    objects.iter().find(|object| object["kind"] == kind && object["metadata"]["name"] == name)
+}
+
+#[test]
+fn the_chart_is_clean_and_an_api_server_takes_what_it_renders() {
+    let Some(server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let chart = root().join("charts/plimsoll").display().to_string();
+    helm(&tools, &["lint", "--strict", &chart]).unwrap();
+    let namespace = format!(
+        "{{apiVersion: v1, kind: Namespace, metadata: {{name: {NAMESPACE}, labels: \
+         {{pod-security.kubernetes.io/enforce: restricted, pod-security.kubernetes.io/warn: restricted}}}}}}"
+    );
+    server.kubectl().apply(&namespace).unwrap();
+    for settings in [&[][..], &["watchNamespace=default", "allowHostPath=true"]] {
+        let rendered = template(&tools, settings).unwrap();
+        let apply =
+            ["apply", "--server-side", "--dry-run=server", "--warnings-as-errors", "-f", "-"];
+        server.kubectl().run_with_input(&apply, &rendered).unwrap();
+    }
+}
+
+#[test]
+fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_but_nodes() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let rendered = template(&tools, &["watchNamespace=team"]).unwrap();
+    let objects = objects(&rendered);
+    assert!(!rendered.contains("secrets]") && !rendered.contains("- secrets"), "{rendered}");
+    assert!(named(&objects, "Role", "plimsoll-operator").is_some());
+    assert!(named(&objects, "ClusterRole", "plimsoll-operator").is_none());
+    for binding in objects.iter().filter(|object| object["kind"] == "ClusterRoleBinding") {
+        let role = binding["roleRef"]["name"].as_str().unwrap();
+        let rules = &named(&objects, "ClusterRole", role).unwrap()["rules"];
+        assert_eq!(rules[0]["resources"], serde_json::json!(["nodes"]), "{role}");
+    }
+}
+
+#[test]
+fn the_crd_outlives_the_chart_unless_told_otherwise() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let crd = |settings: &[&str]| {
+        let objects = objects(&template(&tools, settings).unwrap());
+        named(&objects, "CustomResourceDefinition", "llmdeployments.plimsoll.dev").cloned()
+    };
+    let policy = |crd: &Value| crd["metadata"]["annotations"]["helm.sh/resource-policy"].clone();
+    assert_eq!(policy(&crd(&[]).unwrap()), "keep");
+    assert!(policy(&crd(&["crds.keep=false"]).unwrap()).is_null());
+    assert_eq!(crd(&["crds.install=false"]), None);
+}
+
+#[test]
+fn values_that_do_not_exist_are_refused() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    for setting in ["operator.replicas=9", "watchNamespaces=a", "engine.image.digest=latest"] {
+        assert!(template(&tools, &[setting]).is_err(), "{setting}");
+    }
+}
