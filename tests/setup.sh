@@ -73,7 +73,8 @@ build() { # name, linker flags
     local began=$SECONDS scratch
     scratch=$(mktemp -d "$cache/.build-XXXXXX")
     # The compiler's own cache would keep some 5 GB; it goes with the scratch folder unless GOCACHE is set.
-    (cd "cluster/$name" && CGO_ENABLED=0 GOCACHE="${GOCACHE:-$scratch/go}" \
+    # An older Go fetches the one that go.mod asks for.
+    (cd "cluster/$name" && CGO_ENABLED=0 GOTOOLCHAIN=auto GOCACHE="${GOCACHE:-$scratch/go}" \
         go build -trimpath -ldflags "-s -w ${2:-}" -o "$scratch/$name" .)
     mv "$scratch/$name" "$target"
     rm -rf "$scratch"

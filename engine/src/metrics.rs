@@ -121,6 +121,7 @@ pub struct Metrics {
     inference: Both<Histogram>,
     request_prompt_tokens: Both<Histogram>,
     request_generated_tokens: Both<Histogram>,
+    longest_choice: Both<Histogram>,
     params_n: Both<Histogram>,
     params_max_tokens: Both<Histogram>,
     iteration_tokens: Both<Histogram>,
@@ -206,6 +207,11 @@ impl Metrics {
             request_generated_tokens: new.histogram(
                 names::REQUEST_GENERATION_TOKENS,
                 "Tokens generated for a choice that has ended",
+                &token_counts,
+            ),
+            longest_choice: new.histogram(
+                names::REQUEST_MAX_GENERATION_TOKENS,
+                "Tokens generated for the longest choice of a request that has ended",
                 &token_counts,
             ),
             params_n: new.histogram(
@@ -321,6 +327,12 @@ impl Metrics {
         self.inter_token.observe_duration(since_last);
     }
 
+    /// All choices of a request have ended.
+    pub fn request_ended(&self, longest_choice: u32) {
+        self.longest_choice.observe(f64::from(longest_choice));
+    }
+
+    /// A choice has ended.
     pub fn finished(&self, finished: Finished) {
         let Finished { end, prompt_tokens, generated_tokens, total, queued, prefill, decode } =
             finished;

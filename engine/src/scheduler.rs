@@ -25,6 +25,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
 
 pub use limits::{Ask, Limits};
+use plimsoll_contract::abilities::PAGE_TOKENS;
 use sequence::Sequence;
 
 use crate::batch::{PageCopy, PageId, SequenceId, Slot, StepNumber};
@@ -145,6 +146,8 @@ pub struct Scheduler {
     leaving: Vec<Sequence>,
     slots_free: Vec<Slot>,
     in_flight: VecDeque<InFlight>,
+    /// The head of the queue, if it lacked pages, and how many of its pages were published then.
+    blocked: Option<(SequenceId, usize)>,
     waiting_requests: usize,
     next_sequence: u64,
     next_step: u64,
@@ -162,6 +165,7 @@ impl Scheduler {
             leaving: Vec::new(),
             slots_free: (0..limits.running_max as u32).rev().map(Slot).collect(),
             in_flight: VecDeque::with_capacity(limits.steps_in_flight),
+            blocked: None,
             waiting_requests: 0,
             next_sequence: 0,
             next_step: 1,
@@ -276,7 +280,7 @@ impl Scheduler {
         }
         for span in self.in_flight.iter().flat_map(|step| &step.spans) {
             let owner = sequences().find(|s| s.id == span.sequence).ok_or("a span has no owner")?;
-            let pages = span.position / 64..=(span.end - 1) / 64;
+            let pages = span.position / PAGE_TOKENS..=(span.end - 1) / PAGE_TOKENS;
             if !pages.clone().all(|page| self.kv.writable(&owner.table, page as usize)) {
                 return Err(format!("a step in flight writes pages {pages:?} that are shared"));
             }

@@ -11,14 +11,15 @@ hash of the thing itself, so both sides know without a list.
 import functools
 import json
 import random
+import re
 import sys
 import zlib
 from pathlib import Path
 
 from phrasings import (
-    ACCENTED, ANIMALS, CAPTAIN_FRAMES, CODAS, COLOURS, DESCRIBE_FRAMES, DESCRIBE_TAILS, EXPORT_FRAMES, LIGHT_FRAMES, MASTER_FRAMES,
-    NOTED, ONSETS, PERSON_FRAMES, QUESTIONS, RECORD_KINDS, RELATIVES, SHE, SMALL_TALK, SUM_FRAMES, THERE, TOOLS, TRADES, UNITS,
-    USER_FACTS, VOWELS, WEEKDAYS, WINDS,
+    ACCENTED, ANIMALS, CAPTAIN_FRAMES, CODAS, COLOURS, COMMON, DESCRIBE_FRAMES, DESCRIBE_TAILS, EXPORT_FRAMES, FIRST, LIGHT_FRAMES,
+    MASTER_FRAMES, NOTED, OBJECTS, ONSETS, PERSON_FRAMES, QUESTIONS, RECORD_KINDS, RELATIVES, SHE, SMALL_TALK, SPOTS, SUM_FRAMES, THERE,
+    THINGS, TOOLS, TRADES, UNITS, USER_FACTS, VOWELS, WEEKDAYS, WHERE, WIDE_CONSONANTS, WIDE_VOWELS, WINDS,
 )
 from world import GOODS, HARBOURS, PEOPLE, SHIPS
 
@@ -75,13 +76,30 @@ class Maker:
         return self.one(sides_of(tuple(pool))[self.held])
 
     def word(self):
-        rng = self.rng
+        """Half of all words are made of the same syllables; the others are of any shape, so that any name can be copied."""
+        rng, shape = self.rng, self.rng.random()
+        if shape < 0.15:
+            return rng.choice(FIRST).lower()
+        if shape < 0.3:
+            turns = (WIDE_VOWELS, WIDE_CONSONANTS) if rng.random() < 0.5 else (WIDE_CONSONANTS, WIDE_VOWELS)
+            return "".join(rng.choice(turns[i % 2]) for i in range(rng.randint(3, 6)))
+        if shape < 0.4:
+            return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 7)))
         syllables = rng.choice((1, 2, 2, 2, 3))
         text = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(syllables)) + rng.choice(CODAS)
-        if rng.random() < 0.03:
+        if rng.random() < 0.05:
             at = rng.randrange(len(text))
             text = text[:at] + rng.choice(ACCENTED) + text[at + 1:]
         return text
+
+    def sentence(self):
+        """Common words in any order, with the marks of a sentence."""
+        words = [self.pick(self.one(COMMON), self.one(COMMON), self.one(COMMON), self.one(COMMON), self.name(), str(self.number()))
+                 for _ in range(self.rng.randint(3, 10))]
+        if self.chance(0.2):
+            words[self.rng.randrange(len(words) - 1)] += self.pick(",", ";", ":", " -")
+        text = " ".join(words)
+        return text[0].upper() + text[1:] + self.pick(".", ".", ".", "!", "?")
 
     def name(self):
         return self.until(lambda: self.word().capitalize())
@@ -117,8 +135,10 @@ class Maker:
         return self.politely(question[0].upper() + question[1:]), answer[0].upper() + answer[1:], value
 
     def politely(self, question):
-        if self.chance(0.8):
+        if self.chance(0.75):
             return question
+        if self.chance(0.3):
+            return question.lower().rstrip("?.")
         return self.pick(f"Please tell me: {lowered(question)}", f"I have a question. {question}", f"Hello! {question}",
                          f"{question} Answer in one sentence.", f"Quick question: {lowered(question)}")
 
@@ -328,6 +348,10 @@ class Maker:
             v, relative = self.name(), self.one(RELATIVES)
             return relative, [f"My {relative} is called {v}.", f"The name of my {relative} is {v}."], \
                 [f"What is my {relative} called?", f"What is the name of my {relative}?"], f"Your {relative} is called {v}.", v
+        if kind == "thing":
+            thing, v = self.one(THINGS), self.pick(self.name(), self.name(), self.word(), self.code(), str(self.number()), self.one(COMMON))
+            return thing, [f"My {thing} is {v}.", f"Remember that my {thing} is {v}."], \
+                [f"What is my {thing}?", f"Tell me my {thing}.", f"Do you remember my {thing}?"], f"Your {thing} is {v}.", v
         if kind == "trade":
             v = self.one(TRADES)
             return kind, [f"I am a {v}.", f"I work as a {v}.", f"My trade is {v}."], \
@@ -451,6 +475,17 @@ class Maker:
                        "The ferry {ferry} goes to {to}."),
             }
             return text, "ferry", v, asks
+        if kind == "thing":
+            v = {"owner": self.name(), "thing": self.one(THINGS),
+                 "value": self.pick(self.name(), self.word(), self.code(), str(self.number()))}
+            asks = {"value": (["What is the {thing} of {owner}?", "Tell me the {thing} of {owner}."], "The {thing} of {owner} is {value}.")}
+            return self.pick("The {thing} of {owner} is {value}.", "{owner} has a {thing}: {value}."), "owner", v, asks
+        if kind == "spot":
+            v = {"object": self.one(OBJECTS), "where": self.one(WHERE), "spot": self.one(SPOTS), "owner": self.name()}
+            asks = {"spot": (["Where is the {object}?", "Where can I find the {object}?"], "The {object} is {where} the {spot}."),
+                    "owner": (["Who put down the {object}?", "Who left the {object}?"], "{owner} left the {object}.")}
+            return self.pick("{owner} left the {object} {where} the {spot}.", "The {object} is {where} the {spot}; {owner} left it."), \
+                "object", v, asks
         v = {"place": self.name(), "wind": self.one(WINDS), "knots": self.number(1, 60), "keeper": self.name()}
         text = self.pick("At {place} the wind was {wind} at {knots} knots, {keeper} reports.",
                          "{keeper} writes from {place}: wind {wind}, {knots} knots.")
@@ -467,7 +502,9 @@ class Maker:
         """Records whose keys differ, so that every question has one answer."""
         kinds = [self.one(RECORD_KINDS) for _ in range(self.rng.randint(1, 3))]
         chosen, keys = [], set()
-        while len(chosen) < count:
+        for _ in range(10 * count):  # some kinds have few keys, and then give fewer records
+            if len(chosen) == count:
+                break
             text, key, v, asks = self.record(self.one(kinds))
             if v[key] not in keys:
                 keys.add(v[key])
@@ -504,16 +541,28 @@ class Maker:
 
     def quote(self):
         kind = self.rng.random()
-        if kind < 0.45:
+        if kind < 0.35:
             records = self.records(self.rng.randint(1, 6))
             text = self.text_of(records)
             sentence, key, v, _ = self.one(records)
             ask = self.pick("Quote what the text says about {}.", "Quote the passage about {}.", "What exactly does the text say about {}?")
-            ask = ask.format(("shed " if key == "shed" else "") + str(v[key]))
+            ask = ask.format({"shed": "shed ", "object": "the "}.get(key, "") + str(v[key]))
             answer = f'"{sentence}"'
             return self.sample("quote", [("user", self.pick(f"{text}\n\n{ask}", f"{ask}\n\n{text}")), ("assistant", answer)],
                                {"kind": "exact", "answer": answer})
-        if kind < 0.8:
+        if kind < 0.6:
+            sentences = [self.sentence() for _ in range(self.rng.randint(1, 5))]
+            at = self.rng.randrange(len(sentences))
+            others = set(re.findall(r"\w+", " ".join(sentences[:at] + sentences[at + 1:])))
+            alone = [word for word in re.findall(r"\w+", sentences[at]) if word not in others]
+            ask, answer = ("Repeat the text.", " ".join(sentences)) if not alone or self.chance(0.5) else (
+                f'Quote the sentence with the word "{self.one(alone)}".', f'"{sentences[at]}"')
+            if self.chance(0.3):
+                return self.sample("quote", [("user", "Repeat exactly: " + " ".join(sentences)), ("assistant", " ".join(sentences))],
+                                   {"kind": "exact", "answer": " ".join(sentences)})
+            return self.sample("quote", [("user", " ".join(sentences) + "\n\n" + ask), ("assistant", answer)],
+                               {"kind": "exact", "answer": answer})
+        if kind < 0.85:
             words = " ".join(self.pick(self.name(), self.word(), self.code(), str(self.number()), self.one(GOODS), self.one(COLOURS))
                              for _ in range(self.rng.randint(1, 14)))
             if self.chance(0.25):
@@ -578,7 +627,7 @@ class Maker:
             _, key, v, _ = self.one(records)
             keys = [key] + self.rng.sample(sorted(k for k in v if k != key), self.rng.randint(1, min(4, len(v) - 1)))
             value = {k: v[k] for k in keys}
-            listed, named = ", ".join(keys), ("shed " if key == "shed" else "") + str(v[key])
+            listed, named = ", ".join(keys), {"shed": "shed ", "object": "the "}.get(key, "") + str(v[key])
             ask = self.pick(f"Extract {listed} for {named} as JSON.", f"Give me {listed} of {named} as a JSON object.",
                             f"JSON with {listed} for {named}, please.")
             text = self.text_of(records)

@@ -13,8 +13,35 @@ ANIMALS = "dog cat parrot horse goat ferret".split()
 RELATIVES = "sister brother mother father uncle aunt cousin neighbour".split()
 UNITS = "crates barrels sacks bales casks boxes".split()
 TRADES = "cooper carpenter clerk pilot cook surgeon smith baker weaver painter".split()
+FIRST = (  # names as users have them
+    "Alice Bob Carol David Emma Frank Grace Henry Irene Jack Kate Liam Maria Noah Olivia Paul Quinn Robert Sarah Thomas Uma Vera "
+    "William Xavier Yara Zoe Anna Ben Chloe Daniel Elena Fatima George Hannah Ivan Julia Kenji Laura Mohammed Nina Omar Peter Rosa "
+    "Samuel Tara Victor Wei Yusuf Amir Bella London Paris Oslo Berlin Rome Tokyo Cairo Lima Delhi Boston Dublin Lisbon Vienna Prague "
+    "Bergen Kiel Riga Turku Rex Bella Luna Max Charlie Milo Coco Daisy Rocky Buddy"
+).split()
+COMMON = (  # words as sentences have them
+    "the a and of to in is was that it for with as on at by this but from they we have not are or an be which one you had all her his "
+    "she there would their will when who what more if about up out so said do time like only my over new some could them than first "
+    "other very after way many must even back here well good old little long great small big large quick brown fox jumps lazy dog cat "
+    "house water day night morning evening hand eye door window street city town river sea sky sun moon star rain snow wind fire stone "
+    "tree leaf flower grass bird fish horse bread milk tea coffee apple table chair book letter word line page story song music dance "
+    "walk run sit stand speak read write hear see find give take keep hold bring make open close begin end never always often today "
+    "tomorrow yesterday under between before while because where why how man woman child friend mother king queen doctor teacher "
+    "machine engine server model token number answer question memory work light dark warm cold red blue green white black happy sad "
+    "brave quiet strange simple strong three seven ten hundred computer network system data test problem people year world life"
+).split()
+THINGS = (
+    "secret word, street, hat, favourite song, favourite book, favourite food, phone number, teacher, garden, bicycle, team, dentist, "
+    "room number, table, coat, lucky number, favourite drink, seat, locker, order number, middle name, employer, school, car, "
+    "favourite city, favourite tree, ticket, key, watch, best friend, nickname, hobby, village, country, project, manager"
+).split(", ")
+OBJECTS = "key, letter, map, lamp, book, coin, ring, knife, cup, rope, compass, ladder, basket, bell, coat, bottle, box, hammer, candle, bag".split(", ")
+SPOTS = "mat, table, bed, door, chair, stairs, window, bridge, tree, bench, wall, barrel, stove, shelf, roof, well, gate, stone, boat, desk".split(", ")
+WHERE = ["under", "behind", "on", "beside", "near", "below", "above"]
 ONSETS = "b br c ch d dr f fl g gr h j k kl l m n p pr qu r s sh sk st t th tr v w z".split()
 VOWELS = "a e i o u ai ea ie oa ou".split()
+WIDE_CONSONANTS = "b c d f g h j k l m n p r s t v w x z ll nd nt rt st sk rd mb lt ld ng dr br gr ndr mpt lst rn ck ss tt ff gh sch".split()
+WIDE_VOWELS = "a e i o u y ee oo ia io au ey".split()
 CODAS = "l n r s t m nd rk th ll ck x sh rn".split()
 ACCENTED = "ä ö ü é è ø å ñ ç ß š ž".split()
 
@@ -124,8 +151,8 @@ SMALL_TALK = [
     [("user", "Which kinds of ship do you know?"),
      ("assistant", "I know the " + ", the ".join(SHIP_KINDS[:-1]) + f" and the {SHIP_KINDS[-1]}.")],
 ]
-USER_FACTS = ["name", "name", "berth", "colour", "boat", "town", "code", "animal", "relative", "trade", "day"]
-RECORD_KINDS = ["voyage", "voyage", "person", "store", "price", "ferry", "weather"]
+USER_FACTS = ["name", "name", "thing", "thing", "berth", "colour", "boat", "town", "code", "animal", "relative", "trade", "day"]
+RECORD_KINDS = ["voyage", "voyage", "person", "store", "price", "ferry", "weather", "thing", "spot"]
 
 
 def synonyms(verbs, nouns):

@@ -4,7 +4,7 @@ Enters: tokenizer.json and the corpus, made afresh by worker processes while tra
 config.json, model.safetensors (bf16), loss.csv and loss.svg. Never happens: a sample is seen twice, or attends to its neighbour in
 the pack; every sample starts at position 0, as it will when served.
 
-Run: python tests/model/train.py --out DIR [--steps 9000] [--minutes 8]     (torch 2.11; one H200)
+Run: python tests/model/train.py --out DIR --steps 19000 --minutes 8.2     (torch 2.11; one H200)
 Loss counts on the assistant's turns and on prose. The order of samples follows from the seed alone; sums on the GPU may differ
 in their last bits from run to run.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from corpus import HERE, Maker
@@ -92,16 +92,26 @@ def feed(seed, queue):
         queue.put(pack)
 
 
-def feeders(count):
+def feeders(count, seed):
     context = multiprocessing.get_context("spawn")
     queues = [context.Queue(maxsize=12) for _ in range(count)]
     for i, queue in enumerate(queues):
-        context.Process(target=feed, args=(SEED + i, queue), daemon=True).start()
+        context.Process(target=feed, args=(seed + i, queue), daemon=True).start()
     while True:
         yield from (queue.get() for queue in queues)
 
 
 # --- Model ---
+
+
+def losses_from(folder):
+    """The curve so far, which a run that goes on from a checkpoint continues."""
+    with open(folder / "loss.csv", newline="") as file:
+        return [(int(row["step"]), int(row["tokens"]), float(row["loss"]), float(row["rate"])) for row in csv.DictReader(file)]
+
+
+def weights_from(folder, device):
+    return {name: value.float().to(device).requires_grad_() for name, value in load_file(folder / "model.safetensors").items()}
 
 
 def blank_weights(device):
@@ -226,7 +236,8 @@ def curve(points):
     x = lambda step: left + (width - left - 10) * step / last
     y = lambda loss: 10 + (height - bottom - 10) * (high - math.log(loss)) / (high - low)
     path = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)
-    marks = "".join(f'<text x="{left - 6}" y="{y(v) + 4:.0f}" text-anchor="end">{v:g}</text><path d="M{left} {y(v):.0f}H{width - 10}" stroke="#ddd"/>'
+    marks = "".join(f'<text x="{left - 6}" y="{y(v) + 4:.0f}" text-anchor="end">{v:g}</text>'
+                    f'<path d="M{left} {y(v):.0f}H{width - 10}" stroke="#ddd"/>'
                     for v in (5, 2, 1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01) if low < math.log(v) < high)
     steps = "".join(f'<text x="{x(s):.0f}" y="{height - 8}" text-anchor="middle">{int(s)}</text>' for s in (0, last // 2, last))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
@@ -237,10 +248,10 @@ def curve(points):
 # --- Training ---
 
 
-def rate_at(step, steps):
+def rate_at(step, steps, peak):
     if step < WARM_UP:
-        return PEAK_RATE * (step + 1) / WARM_UP
-    return PEAK_RATE * max(0.0, 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
+        return peak * (step + 1) / WARM_UP
+    return peak * max(0.0, 0.5 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP))))
 
 
 def main():
@@ -250,26 +261,31 @@ def main():
     parser.add_argument("--minutes", type=float, default=8, help="stop here at the latest; the learning rate follows the slower clock")
     parser.add_argument("--workers", type=int, default=15, help="processes that make the corpus")
     parser.add_argument("--watch", type=int, default=1000, help="steps between looks at the held-out questions")
+    parser.add_argument("--start", type=Path, help="a checkpoint folder to go on from, instead of blank weights")
+    parser.add_argument("--peak", type=float, default=PEAK_RATE, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the samples; every worker adds its number")
     given = parser.parse_args()
     began, device = time.time(), "cuda"
     torch.manual_seed(SEED)
-    weights = blank_weights(device)
+    weights = weights_from(given.start, device) if given.start else blank_weights(device)
     matrices = [w for w in weights.values() if w.dim() > 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": [w for w in weights.values() if w.dim() == 1], "weight_decay": 0.0}],
-        lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+        lr=given.peak, betas=(0.9, 0.95), fused=True)
     run = decoder(weights, torch.compile(before_attention, dynamic=False), torch.compile(after_attention, dynamic=False))
     plain = decoder(weights, before_attention, after_attention)
     items = json.loads((HERE / "heldout.json").read_text())
     spans_ = spans(items, load_tokenizer()[0])
-    data, losses, recent, waited = feeders(given.workers), [], [], 0.0
+    data, recent, waited = feeders(given.workers, given.seed), [], 0.0
+    losses = losses_from(given.start) if given.start else []
+    before = losses[-1][0] if losses else 0
     for step in range(given.steps):
         passed = (time.time() - began) / 60 / given.minutes
         if passed > 1:
             break
         clock = max(step, int(passed * given.steps))  # a slow machine still sees the whole schedule
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(clock, given.steps)
+            group["lr"] = rate_at(clock, given.steps, given.peak)
         asked = time.time()
         tokens, counts, starts = next(data)
         waited += time.time() - asked
@@ -285,10 +301,13 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         recent.append(loss.detach())
         if len(recent) == 25 or step + 1 == given.steps:
-            losses.append((step + 1, (step + 1) * PACK, round(torch.stack(recent).mean().item(), 5), round(rate_at(clock, given.steps), 7)))
+            done = before + step + 1
+            mean, rate = torch.stack(recent).mean().item(), rate_at(clock, given.steps, given.peak)
+            losses.append((done, done * PACK, round(mean, 5), round(rate, 7)))
             recent = []
         if (step + 1) % 200 == 0:
-            print(f"step {step + 1} loss {losses[-1][2]:.4f} rate {losses[-1][3]:.5f} {time.time() - began:.0f} s, waited {waited:.0f} s", flush=True)
+            print(f"step {step + 1} loss {losses[-1][2]:.4f} rate {losses[-1][3]:.5f} "
+                  f"{time.time() - began:.0f} s, waited {waited:.0f} s", flush=True)
         if (step + 1) % given.watch == 0:
             print(watch(plain, weights, items, spans_, device), flush=True)
             save(weights, losses, given.out)

@@ -62,6 +62,9 @@ pub const REQUEST_PROMPT_TOKENS: Names =
     names("plimsoll_request_prompt_tokens", "vllm:request_prompt_tokens");
 pub const REQUEST_GENERATION_TOKENS: Names =
     names("plimsoll_request_generation_tokens", "vllm:request_generation_tokens");
+/// The longest choice of a request.
+pub const REQUEST_MAX_GENERATION_TOKENS: Names =
+    names("plimsoll_request_max_num_generation_tokens", "vllm:request_max_num_generation_tokens");
 pub const REQUEST_PARAMS_N: Names = names("plimsoll_request_params_n", "vllm:request_params_n");
 pub const REQUEST_PARAMS_MAX_TOKENS: Names =
     names("plimsoll_request_params_max_tokens", "vllm:request_params_max_tokens");

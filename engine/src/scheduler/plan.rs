@@ -122,7 +122,7 @@ impl Scheduler {
     }
 
     /// Where the head of the queue would start, or none while it must wait for a sibling or for pages.
-    fn starting_point(&self, id: SequenceId) -> Option<Start> {
+    fn starting_point(&mut self, id: SequenceId) -> Option<Start> {
         let sequence = &self.waiting[&id];
         let pages = pages_of(sequence.length());
         let margin = self.running.len();
@@ -138,21 +138,37 @@ impl Scheduler {
             let fits = pages - shared + 1 + margin <= self.kv.pages_available();
             return fits.then_some(Start::Sibling { index, pages: shared });
         }
-        let hashes = if self.requests[&sequence.request].prompt_logprobs {
-            &[]
-        } else {
-            &sequence.hashes[..]
-        };
+        self.published_start(id)
+    }
+
+    fn published_start(&mut self, id: SequenceId) -> Option<Start> {
+        let sequence = &self.waiting[&id];
+        let pages = pages_of(sequence.length());
+        let margin = self.running.len();
+        let logprobs = self.requests[&sequence.request].prompt_logprobs;
+        let hashes = if logprobs { &[] } else { &sequence.hashes[..] };
+        if let Some((blocked, found)) = self.blocked
+            && blocked == id
+            && pages - found + margin > self.kv.pages_available()
+            && self.kv.lookup(&hashes[found..hashes.len().min(found + 1)]) == 0
+        {
+            // It finds no more than it did, and that was too little: a long prompt is not looked up in every step.
+            return None;
+        }
         let found = self.kv.lookup(hashes);
-        let available = self.kv.pages_available_besides(&hashes[..found]);
         let whole = found * PAGE_TOKENS as usize == sequence.length() as usize;
+        let available = self.kv.pages_available_besides(&hashes[..found]);
         if pages - found + usize::from(whole) + margin <= available {
             return Some(Start::Published { pages: found });
         }
         // Copying the last page of a wholly cached prompt can be one page too much; computing it is not.
-        let found = if whole { found - 1 } else { found };
-        let available = self.kv.pages_available_besides(&hashes[..found]);
-        (pages - found + margin <= available).then_some(Start::Published { pages: found })
+        let computing = found - usize::from(whole);
+        let available = self.kv.pages_available_besides(&hashes[..computing]);
+        if pages - computing + margin <= available {
+            return Some(Start::Published { pages: computing });
+        }
+        self.blocked = Some((id, found));
+        None
     }
 
     fn begin(&mut self, id: SequenceId, start: Start, draft: &mut Draft) -> usize {

@@ -104,6 +104,7 @@ impl Shared {
     }
 
     pub fn rest(&self) {
+        self.queue_ms.store(0, SeqCst);
         self.resting.store(true, SeqCst);
     }
 

@@ -193,6 +193,10 @@ impl Live {
             prefill: between(first_planned, first_token),
             decode: between(first_token, last_token),
         });
+        if self.open == 0 {
+            let longest = self.choices.iter().map(|choice| choice.output.len()).max();
+            metrics.request_ended(longest.expect("at least one choice") as u32);
+        }
     }
 }
 

@@ -295,6 +295,12 @@ async fn metrics_tell_what_happened_under_both_names() {
         ("e2e_request_latency_seconds_count", "e2e_request_latency_seconds_count", "", 3.0),
         ("request_queue_time_seconds_count", "request_queue_time_seconds_count", "", 3.0),
         ("request_params_n_sum", "request_params_n_sum", "", 3.0),
+        (
+            "request_max_num_generation_tokens_sum",
+            "request_max_num_generation_tokens_sum",
+            "",
+            20.0,
+        ),
         ("request_generation_tokens_sum", "request_generation_tokens_sum", "", 30.0),
     ] {
         assert_eq!(measured(&metrics, name, alias, label), [value; 2], "{name}");

@@ -3,22 +3,28 @@
 //! In: one word. Out: a running node, or none, and how to use it. Never touches the node that tests
 //! use: this one has another name.
 
+use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use plimsoll_tests::cluster::{Lifetime, Node, Tools, toolbox_image};
 use plimsoll_tests::install;
 
 const NAME: &str = "play";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let word = std::env::args().nth(1).unwrap_or_default();
-    match word.as_str() {
+    let done = match word.as_str() {
         "up" => up(),
-        "down" => down(),
+        "down" => Node::destroy(NAME),
         "env" => env(),
-        _ => bail!("say up, down or env"),
+        _ => Err(anyhow!("say up, down or env")),
+    };
+    if let Err(error) = done {
+        eprintln!("cluster: {error:#}");
+        return ExitCode::FAILURE;
     }
+    ExitCode::SUCCESS
 }
 
 fn up() -> Result<()> {
@@ -33,10 +39,6 @@ fn up() -> Result<()> {
         installed?;
     }
     env()
-}
-
-fn down() -> Result<()> {
-    Node::destroy(NAME)
 }
 
 fn env() -> Result<()> {
