@@ -23,12 +23,12 @@ class Engine:
     """A process that serves on a free port."""
 
     def __init__(self, *flags):
-        command = [os.environ["PLIMSOLL_ENGINE"], "serve", "--model", str(MODEL_DIR)]
-        command += ["--served-name", MODEL, "--listen", "127.0.0.1:0", "--log-format", "json"]
+        command = [os.environ["PLIMSOLL_ENGINE"], "serve", "--served-name", MODEL, "--listen", "127.0.0.1:0"]
+        command += ["--log-format", "json", *flags]
+        for flag, value in [("--model", str(MODEL_DIR)), ("--drain-grace", "0s")]:
+            command += [] if flag in flags else [flag, value]
         began = time.monotonic()
-        self.process = subprocess.Popen(
-            [*command, "--drain-grace", "0s", *flags], stderr=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         lines = iter(self.process.stderr.readline, "")
         self.address = next(e["address"] for e in map(json.loads, lines) if e["message"].startswith("listening"))
         self.log = []
