@@ -1,6 +1,8 @@
 //! Errors as OpenAI's clients read them: `{"error": {message, type, param, code}}`. Enters: what went wrong, in our
 //! terms. Leaves: a status and a body. No request is ever answered with an empty or foreign error body.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -92,11 +94,11 @@ impl ApiError {
         .code("body_too_large")
     }
 
-    pub fn body_too_slow(seconds: u64) -> ApiError {
+    pub fn body_too_slow(limit: Duration) -> ApiError {
         ApiError::new(
             StatusCode::REQUEST_TIMEOUT,
             "invalid_request_error",
-            format!("the body did not arrive within {seconds} s"),
+            format!("the body did not arrive within {limit:?}"),
         )
         .code("body_timeout")
     }

@@ -36,8 +36,6 @@ use crate::request::Request as EngineRequest;
 
 /// Bytes of a request's body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
-/// Time for a body to arrive.
-pub const BODY_SECONDS_MAX: u64 = 30;
 /// Time for a body to become tokens, waiting for a core included.
 const PREPARING_SECONDS_MAX: u64 = 60;
 /// What a client is told to wait while the model loads.
@@ -179,7 +177,7 @@ async fn ready_to_run(
 ) -> Result<(Arc<Served>, Prepared), ApiError> {
     let served = served(app)?;
     served.engine.has_room()?;
-    let body = read_body(request).await?;
+    let body = read_body(app, request).await?;
     let chance = Chance::now();
     let prepared = on_blocking_thread(app, &served, move |served| prepare(&body, served, &chance));
     Ok((served.clone(), prepared.await?))
@@ -224,11 +222,11 @@ pub async fn on_blocking_thread<T: Send + 'static>(
     }
 }
 
-pub async fn read_body(request: Request) -> Result<Bytes, ApiError> {
+pub async fn read_body(app: &App, request: Request) -> Result<Bytes, ApiError> {
     let limited = Limited::new(request.into_body(), BODY_BYTES_MAX);
     let read = limited.collect();
-    match tokio::time::timeout(Duration::from_secs(BODY_SECONDS_MAX), read).await {
-        Err(_) => Err(ApiError::body_too_slow(BODY_SECONDS_MAX)),
+    match tokio::time::timeout(app.body_time_max, read).await {
+        Err(_) => Err(ApiError::body_too_slow(app.body_time_max)),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             Err(ApiError::body_too_large(BODY_BYTES_MAX))
         }

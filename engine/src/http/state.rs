@@ -4,7 +4,7 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -18,6 +18,10 @@ use crate::http::openai::Model;
 use crate::metrics::Metrics;
 use crate::step::EngineHandle;
 use crate::tokenizer::Tokenizer;
+
+const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+/// How much a tokenizer's normalization may shrink a text, generously.
+const NORMALIZATION_MAX: usize = 4;
 
 /// A loaded model and the engine that runs it.
 pub struct Served {
@@ -37,13 +41,26 @@ impl Served {
         Err(ApiError::model_not_found(asked, &self.name))
     }
 
-    /// `param` is where the text came from.
+    /// `param` is where the text came from. A text that is too long however it is cut into tokens is refused unread:
+    /// tokenizing megabytes takes seconds.
     pub fn encode(
         &self,
         text: &str,
         add_special_tokens: bool,
         param: &str,
     ) -> Result<Vec<TokenId>, ApiError> {
+        let (limit, limit_name) = self.limits.sequence_tokens_max();
+        let tokens_min = text.len() / (NORMALIZATION_MAX * self.tokenizer.token_bytes_max());
+        if tokens_min as u64 > limit {
+            let bytes = text.len();
+            return Err(ApiError::parameter(
+                param,
+                format!(
+                    "`{param}` has {bytes} bytes, but {limit_name} is {limit} tokens; shorten it"
+                ),
+            )
+            .code("context_length_exceeded"));
+        }
         let tokens = self
             .tokenizer
             .encode(text, add_special_tokens)
@@ -73,6 +90,8 @@ impl Chance {
 pub struct App {
     pub name: String,
     pub keys: Option<ApiKeys>,
+    /// Time for a request's body to arrive.
+    pub body_time_max: Duration,
     created: u64,
     served: OnceLock<Arc<Served>>,
     progress: Mutex<String>,
@@ -86,6 +105,7 @@ impl App {
         App {
             name,
             keys,
+            body_time_max: BODY_TIME_MAX,
             created: unix_seconds(),
             served: OnceLock::new(),
             progress: Mutex::new("starting".to_owned()),

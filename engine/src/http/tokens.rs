@@ -19,7 +19,7 @@ pub async fn tokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let served = served(&app)?;
-    let body = read_body(request).await?;
+    let body = read_body(&app, request).await?;
     let now = Chance::now().now_unix_seconds;
     on_blocking_thread(&app, &served, move |served| tokens_of(&body, served, now)).await.map(Json)
 }
@@ -29,7 +29,7 @@ pub async fn detokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let served = served(&app)?;
-    let body = read_body(request).await?;
+    let body = read_body(&app, request).await?;
     on_blocking_thread(&app, &served, move |served| text_of(&body, served)).await.map(Json)
 }
 

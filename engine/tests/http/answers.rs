@@ -276,6 +276,27 @@ async fn errors_have_openais_shape_and_the_right_status() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_fails_is_a_500_or_the_last_event_of_a_stream() {
+    let failing_steps = [3, 9].map(plimsoll_engine::batch::StepNumber).into();
+    let world = world(Options { failing_steps, ..Options::default() }).await;
+    let wish = json!({"max_tokens": 6, "ignore_eos": true});
+    let whole = post(&world, "/v1/completions", &completion(json!("x"), wish)).await;
+    assert_eq!(whole.status, 500);
+    assert_eq!(whole.json()["error"]["type"], "server_error");
+    let wish = json!({"max_tokens": 20, "ignore_eos": true, "stream": true});
+    let streamed = post(&world, "/v1/completions", &completion(json!("x"), wish)).await;
+    assert_eq!(streamed.status, 200);
+    let text = String::from_utf8(streamed.body.to_vec()).unwrap();
+    assert!(!text.contains("[DONE]"), "{text}");
+    let last = text.trim_end().rsplit("data: ").next().unwrap();
+    let last: Value = serde_json::from_str(last).unwrap();
+    assert_eq!(last["error"]["type"], "server_error");
+    let wish = json!({"max_tokens": 6});
+    assert_eq!(post(&world, "/v1/completions", &completion(json!("x"), wish)).await.status, 200);
+    assert_all_free(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_checkpoint_without_a_template_refuses_messages_and_serves_prompts() {
     let world = world(Options { template: false, ..Options::default() }).await;
     let answer = post(&world, "/v1/chat/completions", &chat("x", json!({}))).await;

@@ -59,7 +59,31 @@ async fn a_body_above_the_limit_is_refused_with_413() {
     assert_eq!(answer.status, 413);
     assert_eq!(answer.json()["error"]["code"], "body_too_large");
     let below = completion(json!("x".repeat(BODY_BYTES_MAX / 2)), json!({}));
-    assert_eq!(post(&world, "/v1/completions", &below).await.status, 400);
+    let began = Instant::now();
+    let answer = post(&world, "/v1/completions", &below).await;
+    assert_eq!(answer.json()["error"]["code"], "context_length_exceeded");
+    assert!(began.elapsed() < Duration::from_secs(2), "refused without tokenizing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_body_that_trickles_is_refused_with_408() {
+    let options = Options { body_time_max: Duration::from_millis(300), ..Options::default() };
+    let world = world(options).await;
+    let mut slow = TcpStream::connect(world.address).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n";
+    slow.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 12];
+    let trickle = async {
+        loop {
+            slow.write_all(b" ").await.unwrap();
+            tokio::time::sleep(Duration::from_millis(40)).await;
+            if slow.try_read(&mut answer).is_ok() {
+                return;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), trickle).await.unwrap();
+    assert_eq!(answer, b"HTTP/1.1 408");
 }
 
 #[tokio::test(flavor = "multi_thread")]

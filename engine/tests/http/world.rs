@@ -1,5 +1,6 @@
 //! A server in this process with a byte-level tokenizer and a scripted model, and a client that shows raw responses.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use plimsoll_engine::admission::ModelLimits;
 use plimsoll_engine::backend::scripted::{Script, ScriptedBackend};
+use plimsoll_engine::batch::StepNumber;
 use plimsoll_engine::chat_template::{ChatTemplate, SpecialTokens};
 use plimsoll_engine::http::auth::ApiKeys;
 use plimsoll_engine::http::connections::ConnectionLimits;
@@ -38,6 +40,8 @@ pub struct Options {
     pub keys: Option<PathBuf>,
     pub connections: ConnectionLimits,
     pub template: bool,
+    pub failing_steps: BTreeSet<StepNumber>,
+    pub body_time_max: Duration,
 }
 
 impl Default for Options {
@@ -49,6 +53,8 @@ impl Default for Options {
             keys: None,
             connections: ConnectionLimits::default(),
             template: true,
+            failing_steps: BTreeSet::new(),
+            body_time_max: Duration::from_secs(30),
         }
     }
 }
@@ -71,7 +77,9 @@ pub async fn loading_world(options: &Options) -> World {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let keys = options.keys.as_deref().map(|path| ApiKeys::open(path).unwrap());
-    let app = Arc::new(App::new(MODEL.into(), keys));
+    let mut app = App::new(MODEL.into(), keys);
+    app.body_time_max = options.body_time_max;
+    let app = Arc::new(app);
     let server = Server::start(listener, app.clone(), options.connections);
     World { address, app, server }
 }
@@ -79,8 +87,12 @@ pub async fn loading_world(options: &Options) -> World {
 pub fn served(options: &Options) -> Served {
     let metrics = Metrics::new(MODEL, 2048);
     let kv_pages = vec![options.pages];
-    let script =
-        Script { vocabulary: VOCABULARY, step_time: options.step_time, ..Script::default() };
+    let script = Script {
+        vocabulary: VOCABULARY,
+        step_time: options.step_time,
+        failing_steps: options.failing_steps.clone(),
+        ..Script::default()
+    };
     let backend = ScriptedBackend::new(&kv_pages, script);
     let limits = Limits {
         running_max: 32,
