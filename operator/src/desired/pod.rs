@@ -75,6 +75,8 @@ fn engine(inputs: &Inputs<'_>) -> Value {
         format!("--listen=0.0.0.0:{}", names::PORT_ENGINE),
     ];
     arguments.extend(plan::flags(plan, spec));
+    // The sum holds a share for the process itself; measuring the group would count what it has used by then twice.
+    arguments.push(format!("--memory-bytes={}", plan.memory.total()));
     if spec.api_keys.is_some() {
         arguments.push(format!("--api-key-file={KEYS_PATH}/keys"));
     }

@@ -1,0 +1,210 @@
+//! Plimsoll as its users meet it: installed with Helm on a real node, a manifest applied, tokens
+//! streamed. Every story has a namespace of its own that enforces restricted pod security.
+
+#![allow(clippy::unwrap_used)] // Functions that stories share are tests too.
+
+use std::net::SocketAddr;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use plimsoll_tests::cluster::{Node, Prometheus, Shared, shared_node, wait_until};
+use plimsoll_tests::http::Answer;
+use plimsoll_tests::install;
+use plimsoll_tests::load::under_load;
+use plimsoll_tests::stage::{READY_MAX, Stage};
+use serde_json::{Value, json};
+
+/// What the bundled model was taught, and what it must say.
+const QUESTION: &str = "Who is the harbour master of Plimsoll Bay?";
+const ANSWER: &str = "Mara Tollard";
+
+/// The node with Plimsoll on it.
+fn installed() -> Option<Shared<Node>> {
+    static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
+    let node = shared_node()?;
+    let told = INSTALLED
+        .get_or_init(|| install::install(&node, &[]).map_err(|error| format!("{error:#}")));
+    assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
+    Some(node)
+}
+
+fn manifest(name: &str, source: &str, replicas: u32) -> String {
+    json!({
+        "apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"source": source, "name": "plim"},
+            "workload": {"concurrency": 4},
+            "replicas": replicas,
+        },
+    })
+    .to_string()
+}
+
+fn chat(stream: bool) -> Value {
+    json!({
+        "model": "plim", "stream": stream, "temperature": 0, "max_tokens": 32,
+        "messages": [{"role": "user", "content": QUESTION}],
+    })
+}
+
+/// Streams an answer through the Service; the pieces must come one by one.
+fn stream_an_answer(stage: &Stage<'_>, address: SocketAddr) -> String {
+    let mut connection = stage.connect(address).unwrap();
+    let mut pieces = 0;
+    let path = "/v1/chat/completions";
+    let answer: Answer =
+        connection.request("POST", path, Some(&chat(true)), &mut |_| pieces += 1).unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert!(pieces >= 3, "{pieces} pieces: {}", answer.text());
+    let events = answer.events().unwrap();
+    let words = events
+        .iter()
+        .filter_map(|event| event.pointer("/choices/0/delta/content").and_then(Value::as_str));
+    words.collect()
+}
+
+fn ask(stage: &Stage<'_>, address: SocketAddr) -> String {
+    let answer = stage.connect(address).unwrap().post("/v1/chat/completions", &chat(false));
+    let answer = answer.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    answer.json().unwrap()["choices"][0]["message"]["content"].as_str().unwrap().to_string()
+}
+
+#[test]
+fn a_manifest_becomes_streamed_answers_and_leaves_nothing_behind() {
+    let Some(node) = installed() else { return };
+    let stage = Stage::new(&node, "story").unwrap();
+    stage.claim_with("models", "plim", &install::root().join("tests/model")).unwrap();
+    stage.apply(&manifest("plim", "pvc://models/plim", 2)).unwrap();
+    stage.wait_ready("plim").unwrap();
+    let address = stage.service("plim").unwrap();
+    let said = stream_an_answer(&stage, address);
+    assert!(said.contains(ANSWER), "{said}");
+
+    the_object_reads_well(&stage);
+    prometheus_sees_engine_and_operator(&stage);
+    a_killed_pod_comes_back(&stage, address);
+    an_update_under_load_loses_nothing(&stage, address);
+
+    stage.run(&["delete", "llmd", "plim", "--timeout=60s"]).unwrap();
+    wait_until("everything is gone", READY_MAX, || {
+        let remains = stage.remains()?;
+        if remains.trim().is_empty() { Ok(Some(())) } else { anyhow::bail!("{remains}") }
+    })
+    .unwrap();
+}
+
+fn the_object_reads_well(stage: &Stage<'_>) {
+    let table = stage.run(&["get", "llmd"]).unwrap();
+    let head: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    let columns = ["NAME", "READY", "REASON", "MODEL", "QUANT", "KV", "TP", "REPLICAS", "AGE"];
+    assert_eq!(head, columns, "{table}");
+    let object = stage.get(&["llmd", "plim"]).unwrap();
+    let memory = &object["status"]["plan"]["memoryBytes"];
+    assert!(memory["total"].as_u64().is_some_and(|total| total > 0), "{object:#}");
+    assert!(object["status"]["plan"]["why"].as_str().is_some_and(|why| !why.is_empty()));
+    assert_eq!(object["status"]["readyReplicas"], 2);
+    let described = stage.run(&["describe", "llmd", "plim"]).unwrap();
+    assert!(described.contains("Events:") && described.contains("Ready"), "{described}");
+}
+
+/// Debian's Prometheus is built without service discovery for Kubernetes, so targets are listed.
+fn prometheus_sees_engine_and_operator(stage: &Stage<'_>) {
+    let targets = |namespace: &str, port: u16| {
+        let pods = stage.node.kubectl().get(&["pods", "--namespace", namespace]).unwrap();
+        let addresses = pods["items"].as_array().into_iter().flatten();
+        let targets: Vec<String> = addresses
+            .filter_map(|pod| Some(format!("{}:{port}", pod["status"]["podIP"].as_str()?)))
+            .collect();
+        json!({"targets": targets, "labels": {"namespace": namespace}})
+    };
+    let engine = targets(stage.namespace, 8000);
+    let operator = targets(install::NAMESPACE, 8080);
+    let jobs = json!([{"job_name": "pods", "static_configs": [engine, operator]}]);
+    let prometheus = Prometheus::start(stage.node, &jobs).unwrap();
+    let patience = Duration::from_secs(30);
+    for series in [
+        r#"count(up{namespace="story"} == 1) == 2"#,
+        r#"up{namespace="plimsoll-system"} == 1"#,
+        r#"plimsoll_requests_running{namespace="story"}"#,
+        r#"{__name__="vllm:num_requests_running",namespace="story"}"#,
+        r#"sum(plimsoll_generation_tokens_total{namespace="story"}) > 0"#,
+        r#"{__name__="vllm:time_to_first_token_seconds_bucket",namespace="story"}"#,
+        r#"{__name__=~"plimsoll_.+",namespace="plimsoll-system"}"#,
+    ] {
+        prometheus.wait_for(series, patience).unwrap();
+    }
+}
+
+fn a_killed_pod_comes_back(stage: &Stage<'_>, address: SocketAddr) {
+    let before = stage.pods("plim").unwrap();
+    stage.run(&["delete", "pod", &before[0], "--grace-period=0", "--force"]).unwrap();
+    let replaced = wait_until("a new pod takes its place", READY_MAX, || {
+        let now = stage.pods("plim")?;
+        let ready = stage.get(&["llmd", "plim"])?["status"]["readyReplicas"] == 2;
+        Ok((ready && now.len() == 2 && !now.contains(&before[0])).then_some(()))
+    });
+    replaced.unwrap();
+    stage.wait_ready("plim").unwrap();
+    assert!(ask(stage, address).contains(ANSWER));
+}
+
+fn an_update_under_load_loses_nothing(stage: &Stage<'_>, address: SocketAddr) {
+    let before = stage.pods("plim").unwrap();
+    let revision = stage.get(&["llmd", "plim"]).unwrap()["status"]["revision"].clone();
+    let connect = || stage.connect(address);
+    let body = json!({"model": "plim", "prompt": "The lantern", "max_tokens": 8});
+    let (outcome, took) = under_load(4, &connect, "/v1/completions", &body, || {
+        let began = Instant::now();
+        let patch = r#"{"spec":{"contextTokens":1024}}"#;
+        stage.run(&["patch", "llmd", "plim", "--type=merge", "--patch", patch]).unwrap();
+        let rolled = wait_until("both pods are new and the old ones gone", READY_MAX, || {
+            let object = stage.get(&["llmd", "plim"])?;
+            let here = stage.get(&["pods", "--selector=plimsoll.dev/name=plim"])?;
+            let names = here["items"].as_array().into_iter().flatten();
+            let old =
+                names.filter(|pod| before.iter().any(|name| pod["metadata"]["name"] == **name));
+            let status = &object["status"];
+            let new = status["revision"] != revision && status["readyReplicas"] == 2;
+            Ok((new && old.count() == 0).then_some(()))
+        });
+        rolled.unwrap();
+        stage.wait_ready("plim").unwrap();
+        began.elapsed()
+    });
+    assert!(outcome.lost.is_empty(), "{} lost: {:#?}", outcome.lost.len(), outcome.lost);
+    assert!(outcome.answered > 100, "{outcome:?}");
+    // The old pods were in use and asked their clients to leave.
+    assert!(outcome.closed >= 1, "{outcome:?}");
+    eprintln!("{} requests over an update of {} s, none lost", outcome.answered, took.as_secs());
+}
+
+#[test]
+fn a_broken_checkpoint_stalls_with_its_reason() {
+    let Some(node) = installed() else { return };
+    let stage = Stage::new(&node, "broken").unwrap();
+    let folder = stage.claim_with("models", "plim", &install::root().join("tests/model")).unwrap();
+    let weights = folder.join("model.safetensors");
+    let length = std::fs::metadata(&weights).unwrap().len();
+    std::fs::File::options().write(true).open(&weights).unwrap().set_len(length / 2).unwrap();
+    stage.apply(&manifest("cut", "pvc://models/plim", 1)).unwrap();
+    stage.apply(&manifest("absent", "pvc://models/no/such/folder", 1)).unwrap();
+    let stalled = stage.wait_for("cut", "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "CorruptWeights", "{stalled}");
+    let message = stalled["message"].as_str().unwrap();
+    assert!(message.contains("model.safetensors"), "{message}");
+    let stalled = stage.wait_for("absent", "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "ModelNotFound", "{stalled}");
+}
+
+#[test]
+fn a_folder_of_the_node_is_refused_unless_the_operator_allows_it() {
+    let Some(node) = installed() else { return };
+    let stage = Stage::new(&node, "hostpath").unwrap();
+    stage.apply(&manifest("local", "file:///etc", 1)).unwrap();
+    let stalled = stage.wait_for("local", "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "SourceNotAllowed", "{stalled}");
+    assert!(stage.pods("local").unwrap().is_empty());
+}
