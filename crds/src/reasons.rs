@@ -196,7 +196,7 @@ impl Reason {
             Reason::Inspecting => (
                 "Inspecting",
                 "A Job reads the model's configuration and the sizes of its tensors.",
-                "Wait. If it lasts, look at the Job: `kubectl get jobs -l plimsoll.dev/name=NAME`.",
+                "Wait. If it lasts, `kubectl describe job` of the Job that the message names says what holds it.",
             ),
             Reason::Downloading => (
                 "Downloading",

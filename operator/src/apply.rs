@@ -10,6 +10,7 @@ use kube::{Api, Client, ResourceExt};
 use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus};
 use serde_json::Value;
 use thiserror::Error;
+use tokio::sync::Mutex;
 
 use crate::desired::{Identity, names};
 use crate::fields::{differs, digest, impose};
@@ -59,6 +60,9 @@ pub struct Writer<'a> {
     pub client: &'a Client,
     pub caches: &'a Caches,
     pub metrics: &'a Metrics,
+    /// Held by who changes the owners of what several objects share, until the cache shows it: one process leads, so
+    /// nobody else does at the same time.
+    pub sharing: &'a Mutex<()>,
 }
 
 /// Whose an object is.
@@ -139,8 +143,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Makes the owners of a cached, shared object be `owners`. Conditional on what the cache holds: of two who join at
-    /// once, one tries again.
+    /// Makes the owners of a cached, shared object be `owners`; `sharing` is held. Conditional on what the cache holds.
     pub async fn set_owners<K: Cached>(
         &self,
         live: &K,

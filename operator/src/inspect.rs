@@ -2,6 +2,7 @@
 //! what is known by now. Never here: what the facts mean. The objects belong to all LLMDeployments of one source: the
 //! first creates them, the others join as owners, the last to leave takes them along.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::batch::v1::Job;
@@ -43,9 +44,13 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
             share(writer, wanted, wanted.job()).await?;
         }
         Model::Looking { .. } => {
-            join_present::<PersistentVolumeClaim>(writer, wanted, &names::model(wanted.key))
-                .await?;
-            join_present::<Job>(writer, wanted, &names::inspect_job(wanted.key)).await?;
+            join_present::<PersistentVolumeClaim>(
+                writer,
+                wanted.identity,
+                &names::model(wanted.key),
+            )
+            .await?;
+            join_present::<Job>(writer, wanted.identity, &names::inspect_job(wanted.key)).await?;
         }
         Model::Told(facts) => {
             if let Some(unreadable) = &seen.facts {
@@ -56,11 +61,8 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
             let kept = model::facts(namespace, wanted.key, &owners, &source, facts);
             share(writer, wanted, kept).await?;
         }
-        Model::Known(_) => {
-            join_present::<ConfigMap>(writer, wanted, &names::model(wanted.key)).await?;
-            join_present::<PersistentVolumeClaim>(writer, wanted, &names::model(wanted.key))
-                .await?;
-        }
+        // Whoever keeps using the model takes a share at the end of the pass.
+        Model::Known(_) => {}
         Model::Failed { retry, .. } => {
             if let Some(job) = seen.job.as_ref().filter(|job| *retry && retry_in(job).is_zero()) {
                 writer.delete(job.as_ref()).await?;
@@ -85,15 +87,13 @@ fn retry_in(job: &Job) -> Duration {
     RETRY_AFTER.saturating_sub(Duration::try_from(passed).unwrap_or_default())
 }
 
-/// Gives up this object's share in models that it no longer uses.
-pub async fn leave_others(
-    writer: &Writer<'_>,
-    identity: &Identity,
-    used: &str,
-) -> Result<(), ApplyError> {
-    leave_kind::<Job>(writer, identity, used).await?;
-    leave_kind::<ConfigMap>(writer, identity, used).await?;
-    leave_kind::<PersistentVolumeClaim>(writer, identity, used).await
+/// Takes a share in the model of what stands, and gives up those in all others.
+pub async fn belong(writer: &Writer<'_>, identity: &Identity, key: &str) -> Result<(), ApplyError> {
+    join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
+    join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
+    leave_kind::<Job>(writer, identity, key).await?;
+    leave_kind::<ConfigMap>(writer, identity, key).await?;
+    leave_kind::<PersistentVolumeClaim>(writer, identity, key).await
 }
 
 async fn leave_kind<K: Cached>(
@@ -107,6 +107,10 @@ async fn leave_kind<K: Cached>(
             && key.is_some_and(|key| key != used)
             && held.owner_references().iter().any(|owner| owner.uid == identity.uid)
     };
+    if K::cache(writer.caches).find(unused).is_none() {
+        return Ok(());
+    }
+    let _turn = writer.sharing.lock().await;
     for held in K::cache(writer.caches).state_filter(unused) {
         let others: Vec<OwnerReference> = held
             .owner_references()
@@ -132,22 +136,24 @@ async fn share<K: Cached>(
     if writer.create(&want, Owner::Model { key: wanted.key }).await? {
         return Ok(());
     }
-    join_present::<K>(writer, wanted, want.name()).await
+    join_present::<K>(writer, wanted.identity, want.name()).await
 }
 
 async fn join_present<K: Cached>(
     writer: &Writer<'_>,
-    wanted: &Wanted<'_>,
+    identity: &Identity,
     name: &str,
 ) -> Result<(), ApplyError> {
-    let Some(live) = writer.caches.get::<K>(&wanted.identity.namespace, name) else {
-        return Ok(());
-    };
-    let mut owners = live.owner_references().to_vec();
-    if owners.iter().any(|owner| owner.uid == wanted.identity.uid) {
+    let uid = &identity.uid;
+    let joined = |live: &Arc<K>| live.owner_references().iter().any(|owner| &owner.uid == uid);
+    let cached = || writer.caches.get::<K>(&identity.namespace, name);
+    if cached().as_ref().is_none_or(joined) {
         return Ok(());
     }
-    let own = serde_json::from_value(wanted.identity.co_owner());
+    let _turn = writer.sharing.lock().await;
+    let Some(live) = cached().filter(|live| !joined(live)) else { return Ok(()) };
+    let mut owners = live.owner_references().to_vec();
+    let own = serde_json::from_value(identity.co_owner());
     owners.push(own.expect("an owner reference is one"));
     writer.set_owners(live.as_ref(), &owners).await
 }

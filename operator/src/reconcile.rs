@@ -12,6 +12,7 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{LLMDeployment, Reason};
+use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
 use crate::desired::model::Place;
@@ -37,6 +38,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
+    /// See [`Writer::sharing`].
+    pub sharing: Mutex<()>,
 }
 
 /// How far a pass came; what it hands to status.
@@ -111,7 +114,7 @@ async fn forward(
         let replicas = if spec.suspend { 0 } else { spec.replicas };
         stand(standing, replicas, identity, context).await?;
         if pass.revision_is_current {
-            forget(standing, &revisions, identity, context).await?;
+            tidy(standing, &revisions, identity, context).await?;
         }
     }
     decided.map(|_| ())
@@ -179,7 +182,10 @@ async fn decide(
         storage_note,
         model: status::model(&facts),
         plan: plan::status(&outcome, chosen),
-        pod_template: rehearsed(pod::template(&inputs), identity, context).await?,
+        pod_template: match &spec.pod_template {
+            Some(_) => rehearsed(pod::template(&inputs), identity, context).await?,
+            None => pod::template(&inputs),
+        },
     };
     let next = revision::new(&identity.name, revisions, content);
     let owner = Owner::Controller { uid: &identity.uid };
@@ -211,7 +217,8 @@ async fn learn(
     }
 }
 
-/// The template as the API server would store it, so that it can be compared with what is stored ever after.
+/// A template with an overlay as the API server would store it, so that it can be compared with what is stored ever
+/// after. Without an overlay we write every field in that form ourselves.
 async fn rehearsed(
     template: serde_json::Value,
     identity: &Identity,
@@ -232,20 +239,20 @@ async fn stand(
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
     let children = desired::children(identity, revision, replicas);
-    writer.apply(&children.service_account, owner).await?;
-    writer.apply(&children.service, owner).await?;
-    match &children.disruption_budget {
-        Some(budget) => {
-            writer.apply(budget, owner).await?;
+    let budget = async {
+        match &children.disruption_budget {
+            Some(budget) => writer.apply(budget, owner).await.map(drop),
+            None => writer.prune_budget(identity).await,
         }
-        None => writer.prune_budget(identity).await?,
-    }
-    writer.apply(&children.deployment, owner).await?;
-    Ok(())
+    };
+    let account = writer.apply(&children.service_account, owner);
+    let service = writer.apply(&children.service, owner);
+    tokio::try_join!(account, service, budget)?;
+    writer.apply(&children.deployment, owner).await.map(drop)
 }
 
-/// What no longer serves anything: revisions beyond the history, models of other sources.
-async fn forget(
+/// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.
+async fn tidy(
     standing: &Revision,
     revisions: &[Revision],
     identity: &Identity,
@@ -257,7 +264,7 @@ async fn forget(
             writer.delete(old.as_ref()).await?;
         }
     }
-    inspect::leave_others(&writer, identity, &standing.content.model_key).await
+    inspect::belong(&writer, identity, &standing.content.model_key).await
 }
 
 /// Status as computed from what stands now, written where it changed, and the events of what turned.
@@ -303,7 +310,8 @@ fn now() -> Time {
 
 impl Context {
     fn writer(&self) -> Writer<'_> {
-        Writer { client: &self.client, caches: &self.caches, metrics: &self.metrics }
+        let Context { client, caches, metrics, sharing, .. } = self;
+        Writer { client, caches, metrics, sharing }
     }
 }
 

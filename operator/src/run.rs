@@ -133,6 +133,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         client,
         caches,
         metrics: served.metrics.clone(),
+        sharing: tokio::sync::Mutex::new(()),
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,

@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops where it stands")]
 
+mod figures;
 mod world;
 
 use std::time::Duration;
@@ -284,8 +285,8 @@ async fn what_a_person_must_mend_stalls_with_the_engines_reason() {
 
     // Deleting the Job tries again.
     let job = world.inspect_job().await.name_any();
-    world.delete::<Pod>(&format!("{job}-pod")).await;
     world.delete::<Job>(&job).await;
+    world.delete::<Pod>(&format!("{job}-pod")).await;
     world.condition("assistant", "Reconciling", "True", "Inspecting").await;
     world.finish_inspect(&facts(), 0).await;
     world.condition("assistant", "Planned", "True", "PlanChosen").await;

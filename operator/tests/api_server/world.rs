@@ -287,8 +287,10 @@ impl World {
         events
     }
 
-    /// Runs `act` and waits out a quiet time; the requests but for watches that came meanwhile.
+    /// Waits out a quiet time; the requests but for watches that came meanwhile.
     pub async fn requests_during(&self, quiet: Duration) -> Vec<AuditEvent> {
+        // What the last change still brings: an event follows the status it tells of.
+        sleep(Duration::from_secs(1)).await;
         let before = self.requests().len();
         sleep(quiet).await;
         let mut events = self.requests().split_off(before);
