@@ -63,6 +63,8 @@ impl Engine {
     pub fn fetch(&self, source: &str, into: &Path, token: Option<&Path>) -> anyhow::Result<()> {
         let mut command = self.command();
         command.arg("fetch").arg(source).arg("--into").arg(into);
+        // Its progress goes to standard error; ours is the only voice on standard output.
+        command.stdout(Stdio::null());
         if let Some(token) = token {
             command.arg("--token-file").arg(token);
         }

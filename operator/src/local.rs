@@ -112,6 +112,9 @@ fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
 
 fn planned_machine(args: &PlanArgs) -> anyhow::Result<NodeResources> {
     let mut node = machine()?;
+    if args.node_memory.is_some() || args.node_cpu.is_some() {
+        node.name = "the machine asked for".to_owned();
+    }
     if let Some(memory) = &args.node_memory {
         node.memory_bytes =
             amount::units(memory).context("--node-memory must be a quantity, for instance 64Gi")?;

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
+use std::process::Command;
 
 use plimsoll_tests::cluster::{ApiServer, Kubectl, shared_api_server, wait_until};
 use plimsoll_tests::install::root;
@@ -99,6 +100,22 @@ fn what_cannot_work_is_refused_with_field_and_remedy() {
         let refusal = rehearse(&kubectl, &manifest(name, spec)).expect_err(name);
         assert!(refusal.contains("at most 53 lower-case letters"), "{name}: {refusal}");
     }
+}
+
+/// Without an API server the door of `plimsoll` stands in its place.
+#[test]
+fn plimsoll_itself_refuses_the_same_and_names_the_same_fields() {
+    let here = std::env::current_exe().unwrap();
+    let program = here.ancestors().nth(2).unwrap().join("plimsoll");
+    let file = std::env::temp_dir().join(format!("plimsoll-refused-{}.yaml", std::process::id()));
+    for (spec, field, _) in REFUSED {
+        std::fs::write(&file, manifest("a", spec)).unwrap();
+        let output = Command::new(&program).arg("plan").arg("-f").arg(&file).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success(), "{spec}");
+        assert!(told.contains(field), "{spec}: {field} in {told}");
+    }
+    std::fs::remove_file(&file).unwrap();
 }
 
 #[test]

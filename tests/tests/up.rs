@@ -4,9 +4,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 
+use plimsoll_tests::hub::{self, Hub, Repository};
 use plimsoll_tests::install::root;
 
 /// The program that was built beside this test.
@@ -140,4 +143,44 @@ fn interrupt(child: &Child) {
     let pid = i32::try_from(child.id()).unwrap();
     // SAFETY: a signal to our own child, which has not been waited for.
     assert_eq!(unsafe { libc::kill(pid, libc::SIGTERM) }, 0);
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// A hub on loopback with the bundled model, for those who hold the token.
+fn gated_hub() -> SocketAddr {
+    let model = root().join("tests/model");
+    let mut repository = Repository::of_folder("org/plim", COMMIT, &model).unwrap();
+    repository.token = Some("hf_right".to_owned());
+    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    hub::serve(Arc::new(Hub::of(vec![repository])), address).unwrap();
+    address
+}
+
+#[test]
+fn a_model_of_a_hub_is_fetched_with_a_token_and_its_commit_is_known() {
+    let hub = gated_hub();
+    let file = manifest("hub", "{model: {source: 'hf://org/plim'}}");
+    let folder = file.parent().unwrap();
+    let plan = |token: Option<&str>| {
+        let mut command = plimsoll();
+        command.args(["plan", "--output", "json", "--cache-dir"]).arg(folder.join("models"));
+        command.arg("-f").arg(&file).env("HF_ENDPOINT", format!("http://{hub}"));
+        if let Some(token) = token {
+            std::fs::write(folder.join("token"), token).unwrap();
+            command.arg("--hub-token-file").arg(folder.join("token"));
+        }
+        command.output().unwrap()
+    };
+    let refused = plan(None);
+    let (_, told) = said(&refused);
+    assert!(told.contains("ModelUnauthorized") && told.contains("remedy"), "{told}");
+    assert_eq!(refused.status.code(), Some(13));
+    for _ in 0..2 {
+        let output = plan(Some("hf_right"));
+        let (planned, told) = said(&output);
+        assert!(output.status.success(), "{told}");
+        let planned: serde_json::Value = serde_json::from_str(&planned).unwrap();
+        assert_eq!(planned["model"]["revision"], COMMIT);
+    }
 }
