@@ -76,6 +76,34 @@ pub fn admit(wish: &Wish, prompt: Vec<TokenId>, model: &ModelLimits) -> Result<R
     })
 }
 
+/// Log-probabilities that one answer may carry: about 20 MB of JSON, and as much again while it is put together.
+pub const REPORTED_LOGPROBS_MAX: u64 = 256 * 1024;
+
+/// An answer that would hold more than a process of the planned size can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the answer could carry {asked} log-probabilities (choices times tokens times 1 + alternatives), and \
+     {REPORTED_LOGPROBS_MAX} is the limit; lower n, max_tokens or the number of alternatives"
+)]
+pub struct AnswerTooLarge {
+    asked: u64,
+}
+
+/// Bounds what the requests of one HTTP request report together: every choice its output, and its prompt where that is
+/// wanted, each token with its alternatives.
+pub fn bound_answer(requests: &[Request]) -> Result<(), AnswerTooLarge> {
+    let reported = |request: &Request| {
+        let each = |tokens: u64, alternatives: Option<u32>| {
+            alternatives.map_or(0, |more| tokens.saturating_mul(1 + u64::from(more)))
+        };
+        let output = each(request.stop.output_tokens_max.into(), request.sampling.logprobs);
+        let prompt = each(request.prompt.len() as u64, request.sampling.prompt_logprobs);
+        u64::from(request.choices).saturating_mul(output.saturating_add(prompt))
+    };
+    let asked = requests.iter().map(reported).fold(0, u64::saturating_add);
+    if asked > REPORTED_LOGPROBS_MAX { Err(AnswerTooLarge { asked }) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,5 +155,22 @@ mod tests {
     fn a_wish_for_no_output_still_runs_one_token() {
         let request = admit(&wish(Some(0)), vec![1; 3], &model(64, 64)).unwrap();
         assert_eq!(request.stop.output_tokens_max, 1);
+    }
+
+    #[test]
+    fn an_answer_of_millions_of_logprobs_is_refused_before_any_work() {
+        let limits = model(4096, 1 << 20);
+        let asking = |choices, logprobs| {
+            let sampling =
+                SamplingParams { logprobs, prompt_logprobs: logprobs, ..Default::default() };
+            let wish = Wish { choices, sampling, ..wish(Some(1)) };
+            admit(&wish, vec![1; 2040], &limits).unwrap()
+        };
+        assert!(bound_answer(&[asking(1, Some(20))]).is_ok());
+        assert!(bound_answer(&[asking(128, None)]).is_ok());
+        let refusal = bound_answer(&[asking(128, Some(20))]).unwrap_err();
+        assert_eq!(refusal.asked, 128 * 2041 * 21);
+        let many: Vec<Request> = (0..8).map(|_| asking(1, Some(20))).collect();
+        assert!(bound_answer(&many).is_err(), "several prompts count together");
     }
 }

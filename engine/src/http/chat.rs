@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 
-use crate::admission::admit;
+use crate::admission::{admit, bound_answer};
 use crate::chat_template::{ChatTemplate, ChatTemplateError, Rendering};
 use crate::http::errors::ApiError;
 use crate::http::fields::{self, Fields};
@@ -46,10 +46,11 @@ pub fn prepare(body: &[u8], served: &Served, chance: &Chance) -> Result<Prepared
     let template = template(served)?;
     let text = render(template, &messages, chance.now_unix_seconds)?;
     let prompt = served.encode(&text, false, "messages")?;
-    let request = admit(&shared.wish, prompt, &served.limits)?;
+    let requests = vec![admit(&shared.wish, prompt, &served.limits)?];
+    bound_answer(&requests)?;
     Ok(Prepared {
-        with_logprobs: request.sampling.logprobs.is_some(),
-        requests: vec![request],
+        with_logprobs: shared.wish.sampling.logprobs.is_some(),
+        requests,
         stop_strings: shared.stop_strings,
         prompt_only: false,
         stream: shared.stream,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::admission::admit;
+use crate::admission::{admit, bound_answer};
 use crate::batch::{TokenId, TokenLogprob};
 use crate::http::errors::ApiError;
 use crate::http::fields::{self, Fields};
@@ -69,6 +69,7 @@ pub fn prepare(body: &[u8], served: &Served, chance: &Chance) -> Result<Prepared
         }
         requests.push(request);
     }
+    bound_answer(&requests)?;
     Ok(Prepared {
         with_logprobs: shared.wish.sampling.logprobs.is_some(),
         requests,

@@ -8,6 +8,7 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::admission::AnswerTooLarge;
 use crate::request::Refusal;
 
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +140,12 @@ impl From<Refusal> for ApiError {
             },
             Refusal::ShuttingDown => ApiError::unavailable(message, 1).code("shutting_down"),
         }
+    }
+}
+
+impl From<AnswerTooLarge> for ApiError {
+    fn from(refusal: AnswerTooLarge) -> ApiError {
+        ApiError::invalid(refusal.to_string()).code("answer_too_large")
     }
 }
 
