@@ -81,7 +81,7 @@ pub fn fetch(
             remedy: "choose a repository with *.safetensors".into(),
         });
     }
-    begin(into, &commit)?;
+    begin(into, &commit, &files)?;
     let pinned = repository(&api, source, &commit);
     for file in &files {
         if !into.join(file).is_file() {
@@ -124,16 +124,21 @@ fn wanted<'a>(files: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
         .collect()
 }
 
-/// Keeps what a former call downloaded of the same commit; what is of another one goes.
-fn begin(into: &Path, commit: &str) -> Result<(), LoadError> {
+/// Keeps what a former call downloaded of the same commit; what is of another one goes. In a directory that no call
+/// has filled before, only files about to be replaced go: the others are somebody's.
+fn begin(into: &Path, commit: &str, files: &[&str]) -> Result<(), LoadError> {
     let started = into.join(PARTS).join("commit");
     let of = |path: &Path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-    if [of(&started), of(&into.join(REVISION_FILE))].iter().all(|known| known != commit) {
+    let known = [of(&started), of(&into.join(REVISION_FILE))];
+    if known.iter().all(|known| known != commit) {
         remove_if_there(&into.join(REVISION_FILE))?;
         let entries = fs::read_dir(into).map_err(|e| unwritable(into, e))?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let ours = known.iter().any(|known| !known.is_empty());
         for name in wanted(names.collect::<Vec<_>>().iter().map(String::as_str)) {
-            remove_if_there(&into.join(name))?;
+            if ours || files.contains(&name) {
+                remove_if_there(&into.join(name))?;
+            }
         }
     }
     write_whole(&started, commit)

@@ -181,6 +181,18 @@ fn a_moved_branch_replaces_every_file_and_an_old_commit_can_still_be_had() {
 }
 
 #[test]
+fn a_strangers_files_stay_and_a_file_in_the_way_is_replaced() {
+    let (hub, _) = start(Hub { commits: vec![(COMMIT, files("a"))], ..Hub::default() });
+    let target = Target::new("strangers");
+    fs::create_dir_all(&target.0).unwrap();
+    fs::write(target.0.join("package.json"), "mine").unwrap();
+    fs::write(target.0.join("config.json"), "old").unwrap();
+    target.fetch("hf://org/model", &hub, None).unwrap();
+    assert_eq!(fs::read_to_string(target.0.join("package.json")).unwrap(), "mine");
+    assert!(fs::read_to_string(target.0.join("config.json")).unwrap().contains("marker"));
+}
+
+#[test]
 fn an_interrupted_download_leaves_no_commit_and_no_half_file_and_goes_on_later() {
     let big = BTreeMap::from([
         ("config.json", b"{}".to_vec()),
