@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used)] // Functions that stories share are tests too.
 
 use std::net::SocketAddr;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use plimsoll_tests::cluster::{Node, Prometheus, Shared, shared_node, wait_until};
 use plimsoll_tests::http::Answer;
+use plimsoll_tests::hub::{self, Hub, Repository};
 use plimsoll_tests::install;
 use plimsoll_tests::load::under_load;
 use plimsoll_tests::stage::{READY_MAX, Stage};
@@ -19,12 +20,18 @@ use serde_json::{Value, json};
 const QUESTION: &str = "Who is the harbour master of Plimsoll Bay?";
 const ANSWER: &str = "Mara Tollard";
 
+/// Where the node's own model hub listens, and the commit of everything on it.
+const HUB: &str = "192.0.2.1:8300";
+const COMMIT: &str = "5e1f0c3d9a7b24680ace13579bdf02468ace1357";
+
 /// The node with Plimsoll on it.
 fn installed() -> Option<Shared<Node>> {
     static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
     let node = shared_node()?;
-    let told = INSTALLED
-        .get_or_init(|| install::install(&node, &[]).map_err(|error| format!("{error:#}")));
+    let told = INSTALLED.get_or_init(|| {
+        let hub = format!("hubEndpoint=http://{HUB}");
+        install::install(&node, &[&hub]).map_err(|error| format!("{error:#}"))
+    });
     assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
     Some(node)
 }
@@ -77,7 +84,8 @@ fn a_manifest_becomes_streamed_answers_and_leaves_nothing_behind() {
     let Some(node) = installed() else { return };
     let stage = Stage::new(&node, "story").unwrap();
     stage.claim_with("models", "plim", &install::root().join("tests/model")).unwrap();
-    stage.apply(&manifest("plim", "pvc://models/plim", 2)).unwrap();
+    let example = install::root().join("examples/pvc.yaml");
+    stage.apply(&std::fs::read_to_string(example).unwrap()).unwrap();
     stage.wait_ready("plim").unwrap();
     let address = stage.service("plim").unwrap();
     let said = stream_an_answer(&stage, address);
@@ -158,7 +166,7 @@ fn an_update_under_load_loses_nothing(stage: &Stage<'_>, address: SocketAddr) {
     let body = json!({"model": "plim", "prompt": "The lantern", "max_tokens": 8});
     let (outcome, took) = under_load(4, &connect, "/v1/completions", &body, || {
         let began = Instant::now();
-        let patch = r#"{"spec":{"contextTokens":1024}}"#;
+        let patch = r#"{"spec":{"contextTokens":1536}}"#;
         stage.run(&["patch", "llmd", "plim", "--type=merge", "--patch", patch]).unwrap();
         let rolled = wait_until("both pods are new and the old ones gone", READY_MAX, || {
             let object = stage.get(&["llmd", "plim"])?;
@@ -207,4 +215,33 @@ fn a_folder_of_the_node_is_refused_unless_the_operator_allows_it() {
     let stalled = stage.wait_for("local", "Stalled").unwrap();
     assert_eq!(stalled["reason"], "SourceNotAllowed", "{stalled}");
     assert!(stage.pods("local").unwrap().is_empty());
+}
+
+#[test]
+fn a_model_comes_from_a_hub_with_its_commit_pinned_and_a_gated_one_stalls() {
+    let Some(node) = installed() else { return };
+    let folder = install::root().join("tests/model");
+    let open = Repository::of_folder("lanterns/plim", COMMIT, &folder).unwrap();
+    let mut gated = Repository::of_folder("lanterns/gated", COMMIT, &folder).unwrap();
+    gated.token = Some("secret-token".into());
+    let hub = Arc::new(Hub::of(vec![open, gated]));
+    node.inside(|| hub::serve(hub.clone(), HUB.parse()?)).unwrap();
+
+    let stage = Stage::new(&node, "hub").unwrap();
+    stage.volume("first").unwrap();
+    stage.volume("second").unwrap();
+    stage.apply(&manifest("open", "hf://lanterns/plim@main", 1)).unwrap();
+    stage.apply(&manifest("gated", "hf://lanterns/gated@main", 1)).unwrap();
+    stage.wait_ready("open").unwrap();
+    let object = stage.get(&["llmd", "open"]).unwrap();
+    assert_eq!(object["status"]["model"]["revision"], COMMIT, "{object:#}");
+    assert!(ask(&stage, stage.service("open").unwrap()).contains(ANSWER));
+    let fetched = |file: &str| {
+        let path = format!("GET /lanterns/plim/resolve/{COMMIT}/{file}");
+        hub.requests().iter().filter(|request| **request == path).count()
+    };
+    assert!(fetched("model.safetensors") >= 1, "{:#?}", hub.requests());
+
+    let stalled = stage.wait_for("gated", "Stalled").unwrap();
+    assert_eq!(stalled["reason"], "ModelUnauthorized", "{stalled}");
 }
