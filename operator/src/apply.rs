@@ -105,8 +105,11 @@ impl Writer<'_> {
             (Err(kube::Error::Api(status)), Some(live)) if status.code == 422 => {
                 let mut whole = serde_json::to_value(live.as_ref()).expect("the API speaks JSON");
                 impose(&body, &mut whole);
-                let whole: K = serde_json::from_value(whole).expect("it was of its kind before");
-                api.replace(name, &by_us(), &whole).await
+                let params = PatchParams {
+                    field_manager: Some(names::MANAGER.to_owned()),
+                    ..PatchParams::default()
+                };
+                api.patch(name, &params, &Patch::Merge(&whole)).await
             }
             (answer, _) => answer,
         };

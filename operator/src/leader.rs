@@ -8,7 +8,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta};
 use k8s_openapi::jiff::Timestamp;
 use kube::Api;
 use kube::api::PostParams;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 /// The Lease every operator of one installation asks for.
 pub const LEASE_NAME: &str = "plimsoll-operator";
@@ -50,25 +50,37 @@ impl Leader {
         loop {
             let pause = if renewed_at.elapsed() < RENEW_EVERY { RENEW_EVERY } else { RETRY_EVERY };
             sleep(pause).await;
+            // An API server that does not answer must not keep us believing.
+            let left = RENEW_DEADLINE.saturating_sub(renewed_at.elapsed());
+            match timeout(left, self.renew()).await {
+                Ok(Ok(true)) => renewed_at = Instant::now(),
+                Ok(Ok(false)) => return "another holds the Lease".to_owned(),
+                Ok(Err(error)) => tracing::warn!(%error, "cannot renew the Lease"),
+                Err(_) => tracing::warn!("the API server does not answer"),
+            }
+            if renewed_at.elapsed() >= RENEW_DEADLINE {
+                return format!("the Lease was not renewed for {} s", RENEW_DEADLINE.as_secs());
+            }
+        }
+    }
+
+    /// False where another holds it. A conflict over a Lease that is still ours costs one more round.
+    async fn renew(&mut self) -> Result<bool, kube::Error> {
+        for _ in 0..2 {
             let wanted = held(self.lease.clone(), &self.identity, false);
             match self.api.replace(LEASE_NAME, &PostParams::default(), &wanted).await {
                 Ok(lease) => {
                     self.lease = lease;
-                    renewed_at = Instant::now();
+                    return Ok(true);
                 }
-                Err(error) if is_conflict(&error) => match self.api.get(LEASE_NAME).await {
-                    Ok(lease) if holder(&lease) == Some(self.identity.as_str()) => {
-                        self.lease = lease;
-                    }
-                    Ok(lease) => return format!("{:?} took the Lease", holder(&lease)),
-                    Err(error) => tracing::warn!(%error, "cannot read the Lease"),
-                },
-                Err(error) => tracing::warn!(%error, "cannot renew the Lease"),
+                Err(error) if is_conflict(&error) => self.lease = self.api.get(LEASE_NAME).await?,
+                Err(error) => return Err(error),
             }
-            if renewed_at.elapsed() > RENEW_DEADLINE {
-                return format!("the Lease was not renewed for {} s", RENEW_DEADLINE.as_secs());
+            if holder(&self.lease) != Some(self.identity.as_str()) {
+                return Ok(false);
             }
         }
+        Ok(false)
     }
 
     /// Gives the Lease back, so that the next operator need not wait for it to run out.
