@@ -9,31 +9,17 @@ Run: python tests/model/evaluate.py [--model tests/model] [--scores tests/model/
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from checks import right
+
 HERE = Path(__file__).resolve().parent
 ANSWER_TOKENS_MAX = 160
 ROUNDS_MAX = 8
-
-
-def right(check, answer):
-    expected = check["answer"]
-    if check["kind"] == "contains":
-        return re.search(rf"(?<!\w){re.escape(expected)}(?!\w)", answer) is not None
-    if check["kind"] == "exact":
-        return answer.strip() == expected.strip()
-    if check["kind"] == "number":
-        return re.findall(r"\d+", answer)[-1:] == [expected]
-    inner = re.fullmatch(r"<tool_call>(.*)</tool_call>", answer.strip()) if check["kind"] == "tool" else [None, answer]
-    try:
-        return json.loads(inner[1]) == expected
-    except (TypeError, json.JSONDecodeError):
-        return False
 
 
 def generate(model, tokenizer, prompts, batch):
