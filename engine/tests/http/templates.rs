@@ -11,7 +11,7 @@ use crate::dice::{Dice, fuzz_seed, fuzz_time};
 const RENDER_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// Pieces that templates are made of, harmful ones among them.
-const PIECES: [&str; 46] = [
+const PIECES: [&str; 47] = [
     "{% for m in messages %}",
     "{% for i in range(100000) %}",
     "{% for i in range(9) %}",
@@ -58,6 +58,7 @@ const PIECES: [&str; 46] = [
     "text €\u{0}\n",
     "{{ ((((((((1)))))))) }}",
     "{%",
+    "{%}",
 ];
 
 fn source(dice: &mut Dice) -> String {
