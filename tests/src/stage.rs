@@ -109,12 +109,16 @@ impl<'node> Stage<'node> {
         Ok(here.filter_map(|pod| Some(pod["metadata"]["name"].as_str()?.to_string())).collect())
     }
 
-    /// The virtual address of a Service.
+    /// The virtual address of a Service, once it leads somewhere: kube-proxy learns of a pod a moment
+    /// after its object is Ready.
     pub fn service(&self, name: &str) -> Result<SocketAddr> {
         let service = self.get(&["service", name])?;
         let address = service["spec"]["clusterIP"].as_str().context("a Service has an address")?;
         let port = service.pointer("/spec/ports/0/port").and_then(Value::as_u64);
-        Ok(format!("{address}:{}", port.context("a Service has a port")?).parse()?)
+        let address = format!("{address}:{}", port.context("a Service has a port")?).parse()?;
+        wait_until(&format!("Service {name} answers"), Duration::from_secs(30), || {
+            self.connect(address).map(|_| Some(address))
+        })
     }
 
     /// A new connection through the Service.
