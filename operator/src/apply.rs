@@ -36,6 +36,10 @@ impl<K: Cached> Want<K> {
     pub fn namespace(&self) -> &str {
         self.body["metadata"]["namespace"].as_str().expect("every object we render has a namespace")
     }
+
+    pub fn annotation(&self, name: &str) -> Option<&str> {
+        self.body["metadata"]["annotations"][name].as_str()
+    }
 }
 
 #[derive(Debug, Error)]

@@ -28,6 +28,8 @@ pub struct Wanted<'a> {
     pub spec: &'a Spec,
     pub key: &'a str,
     pub place: &'a Place,
+    /// What a revision has pinned; none while the source is met for the first time.
+    pub commit: Option<&'a str>,
     pub settings: &'a Settings,
 }
 
@@ -42,6 +44,12 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
                 share(writer, wanted, wanted.claim()).await?;
             }
             share(writer, wanted, wanted.job()).await?;
+        }
+        Model::Looking { .. } | Model::Failed { .. }
+            if seen.job.as_ref().is_some_and(|job| wanted.outgrew(job)) =>
+        {
+            let job = seen.job.as_ref().expect("matched just now");
+            writer.delete(job.as_ref()).await?;
         }
         Model::Looking { .. } => {
             join_present::<PersistentVolumeClaim>(
@@ -169,8 +177,17 @@ impl Wanted<'_> {
     }
 
     fn job(&self) -> Want<Job> {
-        let Wanted { identity, spec, key, place, settings } = *self;
-        model::inspect_job(&identity.namespace, key, &self.owners(), spec, place, settings)
+        let Wanted { identity, spec, key, place, commit, settings } = *self;
+        model::inspect_job(&identity.namespace, key, &self.owners(), spec, place, commit, settings)
+    }
+
+    /// Whether this object made the Job from something else than it would now: another image, other credentials. A Job
+    /// that another object of the same source made is left alone, or the two would take turns for ever.
+    fn outgrew(&self, job: &Job) -> bool {
+        let Some(made_for) = job.annotations().get(names::MADE_FOR) else { return false };
+        let wanted = self.job();
+        let mine = made_for.split('/').next() == Some(self.identity.uid.as_str());
+        mine && wanted.annotation(names::MADE_FOR) != Some(made_for.as_str())
     }
 }
 

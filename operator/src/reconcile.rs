@@ -82,7 +82,15 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         }
     };
     if let Err(error) = outcome {
-        pass.stopped_by(error)?;
+        let first = object.status.is_none();
+        if let Err(error) = pass.stopped_by(error) {
+            // What serves goes on serving while the API server has trouble; only a new object must not stay silent.
+            if first {
+                pass.trouble = Some(Said::no(Reason::Accepted, error.to_string()));
+                tell(object, &identity, context, &pass).await?;
+            }
+            return Err(error.into());
+        }
     }
     tell(object, &identity, context, &pass).await?;
     Ok(pass.again.map_or_else(Action::await_change, Action::requeue))
@@ -133,7 +141,8 @@ async fn keep(
     pass.model = Some(status::model_ready(model, storage_note.as_deref()));
     if *shared_download && inspect::is_lost(&context.caches, &identity.namespace, model_key) {
         let place = Place::Download { key: model_key.clone() };
-        learn(spec, model_key, &place, None, identity, context, pass).await?;
+        let commit = model.revision.as_deref();
+        learn(spec, model_key, &place, None, commit, identity, context, pass).await?;
     }
     Ok(revision.clone())
 }
@@ -155,7 +164,7 @@ async fn decide(
     let key = facts::key(spec);
     let (place, storage_note) = Place::choose(spec, &key, seen.nodes.len());
     let note = storage_note.as_deref();
-    let Some(facts) = learn(spec, &key, &place, note, identity, context, pass).await? else {
+    let Some(facts) = learn(spec, &key, &place, note, None, identity, context, pass).await? else {
         return Ok(None);
     };
     let nodes = plan::nodes(&seen.nodes);
@@ -199,11 +208,12 @@ async fn learn(
     key: &str,
     place: &Place,
     note: Option<&str>,
+    commit: Option<&str>,
     identity: &Identity,
     context: &Context,
     pass: &mut Pass,
 ) -> Result<Option<ModelFacts>, ApplyError> {
-    let wanted = Wanted { identity, spec, key, place, settings: &context.settings };
+    let wanted = Wanted { identity, spec, key, place, commit, settings: &context.settings };
     match inspect::step(&context.writer(), &wanted).await? {
         Model::Known(facts) | Model::Told(facts) => {
             pass.model = Some(status::model_ready(&status::model(&facts), note));

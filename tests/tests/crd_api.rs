@@ -207,6 +207,10 @@ fn tables_show_status_at_a_glance() {
 fn explain_reads_like_documentation() {
     let Some(server) = shared_api_server() else { return };
     let kubectl = install(&server);
+    // Documentation is published a moment after the kind is served.
+    let soon = std::time::Duration::from_secs(30);
+    wait_until("the kind is explained", soon, || Ok(kubectl.run(&["explain", "llmd"]).ok()))
+        .unwrap();
     for (field, words) in [
         ("llmd", "A language model, served"),
         ("llmd.spec.model.source", "PersistentVolumeClaim"),

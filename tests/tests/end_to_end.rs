@@ -218,7 +218,7 @@ fn a_folder_of_the_node_is_refused_unless_the_operator_allows_it() {
 }
 
 #[test]
-fn a_model_comes_from_a_hub_with_its_commit_pinned_and_a_gated_one_stalls() {
+fn a_model_comes_from_a_hub_with_its_commit_pinned_and_a_gated_one_waits_for_its_token() {
     let Some(node) = installed() else { return };
     let folder = install::root().join("tests/model");
     let open = Repository::of_folder("lanterns/plim", COMMIT, &folder).unwrap();
@@ -244,4 +244,10 @@ fn a_model_comes_from_a_hub_with_its_commit_pinned_and_a_gated_one_stalls() {
 
     let stalled = stage.wait_for("gated", "Stalled").unwrap();
     assert_eq!(stalled["reason"], "ModelUnauthorized", "{stalled}");
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"},
+        "stringData": {"token": "secret-token"}});
+    stage.apply(&secret.to_string()).unwrap();
+    let mended = json!({"spec": {"model": {"credentials": {"secretRef": {"name": "hub"}}}}});
+    stage.run(&["patch", "llmd/gated", "--type=merge", "-p", &mended.to_string()]).unwrap();
+    stage.wait_ready("gated").unwrap();
 }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Settings, names};
 use crate::apply::Want;
+use crate::fields::digest;
 use crate::spec::{SecretKey, Source, Spec, Storage};
 
 /// Key of the facts' JSON in their ConfigMap.
@@ -174,16 +175,18 @@ pub fn claim(
     }))
 }
 
-/// Downloads where needed, then reads the checkpoint's headers and leaves the facts in the termination message.
+/// Downloads where needed (`commit`, once one is pinned), then reads the checkpoint's headers and leaves the facts in the
+/// termination message. Says for whom and from what it was rendered, so that a mended spec gets a Job of its own.
 pub fn inspect_job(
     namespace: &str,
     key: &str,
     owners: &[Value],
     spec: &Spec,
     place: &Place,
+    commit: Option<&str>,
     settings: &Settings,
 ) -> Want<Job> {
-    let (fetch, token) = fetch(spec, place, None, settings, true);
+    let (fetch, token) = fetch(spec, place, commit, settings, true);
     let mut volumes = vec![place.volume(), json!({"name": "tmp", "emptyDir": {}})];
     volumes.extend(token);
     let mut pod = json!({
@@ -208,10 +211,13 @@ pub fn inspect_job(
         pod["initContainers"] = json!([fetch]);
     }
     place_like_the_engine(&mut pod, spec.pod_template.as_ref());
+    let mut metadata = shared(namespace, &names::inspect_job(key), key, owners);
+    let maker = owners.first().and_then(|owner| owner["uid"].as_str()).unwrap_or_default();
+    metadata["annotations"] = json!({names::MADE_FOR: format!("{maker}/{}", digest(&pod, 10))});
     Want::new(json!({
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": shared(namespace, &names::inspect_job(key), key, owners),
+        "metadata": metadata,
         "spec": {
             "backoffLimit": JOB_RETRIES,
             "podFailurePolicy": {"rules": [{

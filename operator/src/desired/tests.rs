@@ -95,6 +95,7 @@ fn every_object_is_spelt_as_its_kind() {
             &owners,
             &spec,
             &place,
+            None,
             &settings(),
         ));
     }
@@ -104,7 +105,7 @@ fn every_object_is_spelt_as_its_kind() {
 fn every_pod_keeps_to_the_restricted_level() {
     let spec = everything();
     for place in [Place::PerPod, Place::Download { key: "k".to_owned() }] {
-        let job = model::inspect_job("team", "k", &[], &spec, &place, &settings());
+        let job = model::inspect_job("team", "k", &[], &spec, &place, None, &settings());
         for pod in [&template(&spec, &place)["spec"], &job.body["spec"]["template"]["spec"]] {
             assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
             assert_eq!(pod["securityContext"]["runAsUser"], 65532);
@@ -163,7 +164,7 @@ fn the_overlay_cannot_move_a_pod_out_of_the_selector() {
     assert_eq!(pod["metadata"]["labels"]["team"], "a");
     assert_eq!(pod["spec"]["containers"][0]["env"][0]["name"], "A");
     assert_eq!(pod["spec"]["containers"].as_array().unwrap().len(), 1);
-    let job = model::inspect_job("team", "k", &[], &spec, &Place::PerPod, &settings());
+    let job = model::inspect_job("team", "k", &[], &spec, &Place::PerPod, None, &settings());
     assert_eq!(job.body["spec"]["template"]["spec"]["nodeSelector"]["disk"], "fast");
 }
 

@@ -369,6 +369,46 @@ async fn a_hub_model_is_downloaded_once_where_storage_allows_and_per_pod_where_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lost_download_is_made_again_at_the_commit_that_the_revision_pins() {
+    let Some(world) = World::new("lost").await else { return };
+    let _operator = world.operator(&[]);
+    world.declare("assistant", json!({"model": {"source": "hf://org/tiny@main"}})).await;
+    let mut told = facts();
+    told["revision"] = "0123abcd".into();
+    let first = world.finish_inspect(&told, 0).await;
+    world.condition("assistant", "Planned", "True", "PlanChosen").await;
+    world.eventually("assistant", "a Deployment", |held: &Deployment| Some(held.clone())).await;
+    let claims = world.list::<PersistentVolumeClaim>("plimsoll.dev/model").await;
+    let claim = claims[0].name_any();
+    let unprotected = json!({"metadata": {"finalizers": null}});
+    world.merge::<PersistentVolumeClaim>(&claim, unprotected).await;
+    world.delete::<PersistentVolumeClaim>(&claim).await;
+    let again = world.inspect_job().await;
+    assert_ne!(again.uid(), first.uid());
+    let pod = again.spec.unwrap().template.spec.unwrap();
+    let arguments = pod.init_containers.unwrap()[0].args.clone().unwrap();
+    assert_eq!(arguments[1], "hf://org/tiny@0123abcd", "not what the branch is by then");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mended_spec_gets_an_inspect_job_of_its_own() {
+    let Some(world) = World::new("mended").await else { return };
+    let _operator = world.operator(&[]);
+    world.declare("assistant", json!({"model": {"source": "hf://org/gated"}})).await;
+    let report = json!({"reason": "ModelUnauthorized", "message": "the hub says 401"});
+    let failed = world.finish_inspect(&report, 13).await;
+    world.condition("assistant", "Stalled", "True", "ModelUnauthorized").await;
+    let mended = json!({"spec": {"model": {"credentials": {"secretRef": {"name": "hub"}}}}});
+    world.merge::<LLMDeployment>("assistant", mended).await;
+    world.condition("assistant", "ModelReady", "False", "Inspecting").await;
+    let job = world.inspect_job().await;
+    assert_ne!(job.uid(), failed.uid());
+    let pod = job.spec.unwrap().template.spec.unwrap();
+    let arguments = pod.init_containers.unwrap()[0].args.clone().unwrap();
+    assert!(arguments.contains(&"--token-file".to_owned()), "{arguments:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn one_operator_leads_and_the_next_takes_over_when_it_ends() {
     let Some(world) = World::new("leader").await else { return };
     let holder = |lease: &Lease| {
