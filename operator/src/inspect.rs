@@ -95,13 +95,22 @@ fn retry_in(job: &Job) -> Duration {
     RETRY_AFTER.saturating_sub(Duration::try_from(passed).unwrap_or_default())
 }
 
-/// Takes a share in the model of what stands, and gives up those in all others.
-pub async fn belong(writer: &Writer<'_>, identity: &Identity, key: &str) -> Result<(), ApplyError> {
+/// Takes a share in the model of what stands, and gives up those in all others: at once in what was known of them, in
+/// their downloads only when `settled`, since until then pods of an older revision may serve from them.
+pub async fn belong(
+    writer: &Writer<'_>,
+    identity: &Identity,
+    key: &str,
+    settled: bool,
+) -> Result<(), ApplyError> {
     join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
     join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
     leave_kind::<Job>(writer, identity, key).await?;
     leave_kind::<ConfigMap>(writer, identity, key).await?;
-    leave_kind::<PersistentVolumeClaim>(writer, identity, key).await
+    if settled {
+        leave_kind::<PersistentVolumeClaim>(writer, identity, key).await?;
+    }
+    Ok(())
 }
 
 async fn leave_kind<K: Cached>(

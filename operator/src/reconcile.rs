@@ -24,7 +24,7 @@ use crate::observe::{Caches, Seen};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
-use crate::{events, fields, plan};
+use crate::{events, fields, plan, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -89,7 +89,7 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
                 pass.trouble = Some(Said::no(Reason::Accepted, error.to_string()));
                 tell(object, &identity, context, &pass).await?;
             }
-            return Err(error.into());
+            return Err(error);
         }
     }
     tell(object, &identity, context, &pass).await?;
@@ -122,7 +122,9 @@ async fn forward(
         let replicas = if spec.suspend { 0 } else { spec.replicas };
         stand(standing, replicas, identity, context).await?;
         if pass.revision_is_current {
-            tidy(standing, &revisions, identity, context).await?;
+            let engines = pods::engines(&seen.pods, Some(&standing.hash));
+            let settled = engines.older == 0 && engines.ready >= replicas as usize;
+            tidy(standing, &revisions, settled, identity, context).await?;
         }
     }
     decided.map(|_| ())
@@ -142,7 +144,9 @@ async fn keep(
     if *shared_download && inspect::is_lost(&context.caches, &identity.namespace, model_key) {
         let place = Place::Download { key: model_key.clone() };
         let commit = model.revision.as_deref();
-        learn(spec, model_key, &place, None, commit, identity, context, pass).await?;
+        let settings = &context.settings;
+        let wanted = Wanted { identity, spec, key: model_key, place: &place, commit, settings };
+        learn(&wanted, None, context, pass).await?;
     }
     Ok(revision.clone())
 }
@@ -161,12 +165,17 @@ async fn decide(
         pass.trouble = Some(status::source_not_allowed());
         return Ok(None);
     }
+    let escape = spec.pod_template.as_ref().and_then(pod::escape);
+    if let Some(field) = escape.filter(|_| !context.settings.allow_host_path) {
+        pass.trouble = Some(status::overlay_not_allowed(field));
+        return Ok(None);
+    }
     let key = facts::key(spec);
     let (place, storage_note) = Place::choose(spec, &key, seen.nodes.len());
     let note = storage_note.as_deref();
-    let Some(facts) = learn(spec, &key, &place, note, None, identity, context, pass).await? else {
-        return Ok(None);
-    };
+    let settings = &context.settings;
+    let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
+    let Some(facts) = learn(&wanted, note, context, pass).await? else { return Ok(None) };
     let nodes = plan::nodes(&seen.nodes);
     let outcome = plan::plan(spec, &facts, &nodes);
     let Some(chosen) = &outcome.chosen else {
@@ -204,17 +213,13 @@ async fn decide(
 
 /// The facts of the model, or None and the reason in the pass.
 async fn learn(
-    spec: &Spec,
-    key: &str,
-    place: &Place,
+    wanted: &Wanted<'_>,
     note: Option<&str>,
-    commit: Option<&str>,
-    identity: &Identity,
     context: &Context,
     pass: &mut Pass,
 ) -> Result<Option<ModelFacts>, ApplyError> {
-    let wanted = Wanted { identity, spec, key, place, commit, settings: &context.settings };
-    match inspect::step(&context.writer(), &wanted).await? {
+    let Wanted { identity, key, .. } = *wanted;
+    match inspect::step(&context.writer(), wanted).await? {
         Model::Known(facts) | Model::Told(facts) => {
             pass.model = Some(status::model_ready(&status::model(&facts), note));
             Ok(Some(*facts))
@@ -265,6 +270,7 @@ async fn stand(
 async fn tidy(
     standing: &Revision,
     revisions: &[Revision],
+    settled: bool,
     identity: &Identity,
     context: &Context,
 ) -> Result<(), ApplyError> {
@@ -274,7 +280,7 @@ async fn tidy(
             writer.delete(old.as_ref()).await?;
         }
     }
-    inspect::belong(&writer, identity, &standing.content.model_key).await
+    inspect::belong(&writer, identity, &standing.content.model_key, settled).await
 }
 
 /// Status as computed from what stands now, written where it changed, and the events of what turned.

@@ -280,5 +280,14 @@ pub fn source_not_allowed() -> Said {
     Said::no(Reason::SourceNotAllowed, message)
 }
 
+/// `field` of the overlay would let the author of a manifest reach the node.
+pub fn overlay_not_allowed(field: &str) -> Said {
+    let message = format!(
+        "spec.podTemplate sets {field}, which this operator does not allow: remove it, \
+         or start the operator with --allow-host-path"
+    );
+    Said::no(Reason::InvalidSpec, message)
+}
+
 #[cfg(test)]
 mod tests;

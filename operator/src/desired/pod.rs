@@ -142,3 +142,21 @@ pub fn container_security() -> Value {
         "capabilities": {"drop": ["ALL"]},
     })
 }
+
+/// The first field of a pod template overlay that reaches out of the pod and into the node.
+pub fn escape(overlay: &Value) -> Option<&'static str> {
+    let spec = overlay.get("spec")?;
+    let items = |field: &str| spec[field].as_array().into_iter().flatten();
+    let privileged = |container: &Value| container["securityContext"]["privileged"] == true;
+    if let Some(field) =
+        ["hostNetwork", "hostPID", "hostIPC"].into_iter().find(|field| spec[*field] == true)
+    {
+        return Some(field);
+    }
+    if items("volumes").any(|volume| !volume["hostPath"].is_null()) {
+        return Some("a hostPath volume");
+    }
+    let containers = ["initContainers", "containers", "ephemeralContainers"];
+    let mut all = containers.into_iter().flat_map(items);
+    all.any(privileged).then_some("privileged: true")
+}

@@ -194,3 +194,22 @@ fn one_replica_has_no_budget() {
     assert!(policy::disruption_budget(&identity(), 1).is_none());
     assert!(policy::disruption_budget(&identity(), 0).is_none());
 }
+
+#[test]
+fn an_overlay_that_reaches_into_the_node_is_recognised() {
+    let reaching = [
+        (json!({"hostNetwork": true}), "hostNetwork"),
+        (json!({"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}), "a hostPath volume"),
+        (
+            json!({"containers": [{"name": "engine", "securityContext": {"privileged": true}}]}),
+            "privileged: true",
+        ),
+    ];
+    for (spec, field) in reaching {
+        assert_eq!(pod::escape(&json!({"spec": spec})), Some(field));
+    }
+    let harmless = json!({"spec": {"hostNetwork": false, "volumes": [{"name": "v", "emptyDir": {}}],
+        "nodeSelector": {"a": "b"}}});
+    assert_eq!(pod::escape(&harmless), None);
+    assert_eq!(pod::escape(&json!({"metadata": {}})), None);
+}

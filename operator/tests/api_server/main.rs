@@ -322,6 +322,10 @@ async fn a_plan_that_does_not_fit_a_bad_overlay_and_a_forbidden_source_stall() {
     let message = world.condition("assistant", "Stalled", "True", "ChildRejected").await;
     assert!(message.contains("imagePullPolicy"), "{message}");
     assert!(world.get::<Deployment>("assistant").await.is_none());
+    let reaching = json!({"podTemplate": {"spec": {"containers": null, "hostNetwork": true}}});
+    world.merge::<LLMDeployment>("assistant", json!({"spec": reaching})).await;
+    let message = world.condition("assistant", "Stalled", "True", "InvalidSpec").await;
+    assert!(message.contains("hostNetwork"), "{message}");
     world.merge::<LLMDeployment>("assistant", json!({"spec": {"podTemplate": null}})).await;
     world.condition("assistant", "Reconciling", "True", "CreatingPods").await;
     world.declare("local", json!({"model": {"source": "file:///models/tiny"}})).await;
@@ -365,7 +369,21 @@ async fn a_hub_model_is_downloaded_once_where_storage_allows_and_per_pod_where_n
     assert_eq!(template[0].args.as_ref().unwrap()[1], "hf://org/other@4567cdef");
     let message = world.condition("assistant", "ModelReady", "True", "ModelFound").await;
     assert!(message.contains("ReadWriteMany"), "{message}");
-    world.set_nodes(1).await;
+
+    // What older pods may serve from is given up only once the new revision answers.
+    let old = world.list::<PersistentVolumeClaim>("plimsoll.dev/model").await;
+    assert!(old[0].metadata.deletion_timestamp.is_none(), "{old:#?}");
+    world.run_pod("assistant", true).await;
+    world.condition("assistant", "Ready", "True", "Serving").await;
+    for _ in 0..200 {
+        let claims = world.list::<PersistentVolumeClaim>("plimsoll.dev/model").await;
+        if claims.iter().all(|claim| claim.metadata.deletion_timestamp.is_some()) {
+            world.set_nodes(1).await;
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("the download of a model that nothing serves is still there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
