@@ -364,16 +364,7 @@ mod tests {
 
     #[test]
     fn an_exit_reason_stalls_exactly_where_a_person_must_act() {
-        for exit in [
-            ExitReason::DoesNotFit,
-            ExitReason::OutOfDeviceMemory,
-            ExitReason::ModelNotFound,
-            ExitReason::ModelUnauthorized,
-            ExitReason::UnsupportedModel,
-            ExitReason::CorruptWeights,
-            ExitReason::DeviceLost,
-            ExitReason::Internal,
-        ] {
+        for exit in ExitReason::ALL {
             let reason = Reason::from(exit);
             assert_eq!(reason.needs_a_person(), exit.needs_a_person(), "{exit:?}");
             assert_eq!(reason.name(), format!("{exit:?}"));

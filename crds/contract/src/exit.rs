@@ -28,6 +28,18 @@ pub enum ExitReason {
 }
 
 impl ExitReason {
+    /// Every reason, in order of [`code`](Self::code).
+    pub const ALL: [ExitReason; 8] = [
+        ExitReason::DoesNotFit,
+        ExitReason::OutOfDeviceMemory,
+        ExitReason::ModelNotFound,
+        ExitReason::ModelUnauthorized,
+        ExitReason::UnsupportedModel,
+        ExitReason::CorruptWeights,
+        ExitReason::DeviceLost,
+        ExitReason::Internal,
+    ];
+
     /// Process exit code, distinct per reason so that a shell can tell too.
     pub fn code(self) -> u8 {
         match self {

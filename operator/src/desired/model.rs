@@ -267,19 +267,9 @@ fn place_like_the_engine(pod: &mut Value, overlay: Option<&Value>) {
 
 /// Exit codes after which trying again cannot help. Sorted, as the API wants a set.
 fn codes_for_a_person() -> Vec<u8> {
-    use ExitReason::{
-        CorruptWeights, DeviceLost, DoesNotFit, Internal, ModelNotFound, ModelUnauthorized,
-        OutOfDeviceMemory, UnsupportedModel,
-    };
-    let all = [
-        DoesNotFit,
-        OutOfDeviceMemory,
-        ModelNotFound,
-        ModelUnauthorized,
-        UnsupportedModel,
-        CorruptWeights,
-        DeviceLost,
-        Internal,
-    ];
-    all.into_iter().filter(|reason| reason.needs_a_person()).map(ExitReason::code).collect()
+    ExitReason::ALL
+        .into_iter()
+        .filter(|reason| reason.needs_a_person())
+        .map(ExitReason::code)
+        .collect()
 }
