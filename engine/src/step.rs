@@ -2,6 +2,7 @@
 //! through each request's [`RequestStream`]. The thread plans, submits, collects and commits steps; it sleeps when there
 //! is nothing to do. Text, sockets and files never come here, and no lock is held while a step runs.
 
+mod events;
 mod handle;
 mod live;
 
@@ -10,8 +11,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
 
+pub use events::RequestStream;
 use handle::{Command, Shared, Submission};
-pub use handle::{EngineHandle, EngineLoss, EngineState, RequestStream};
+pub use handle::{EngineHandle, EngineLoss, EngineState};
 use live::Live;
 
 use crate::backend::{Backend, BackendError, Ticket};

@@ -1,6 +1,6 @@
 //! The server's sockets. Enters: a listener. Leaves: requests to the router, answers to clients. Bounds what a client
-//! may hold: the number of connections, the time for a request's head and the time of doing nothing. Bodies and
-//! requests have their own bounds; here nothing is known of them.
+//! may hold: the number of connections, the time for a request's head, the time of doing nothing, and the time of not
+//! reading an answer. Bodies and requests have their own bounds; here nothing is known of them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -35,6 +35,8 @@ pub struct ConnectionLimits {
     pub head_time_max: Duration,
     /// Between requests; longer than common clients pool a connection, so that they and not we close it.
     pub idle_time_max: Duration,
+    /// For a client to take the next byte of an answer; one that stopped reading loses its request.
+    pub write_time_max: Duration,
 }
 
 impl Default for ConnectionLimits {
@@ -43,6 +45,7 @@ impl Default for ConnectionLimits {
             connections_max: 4096,
             head_time_max: Duration::from_secs(10),
             idle_time_max: Duration::from_secs(120),
+            write_time_max: Duration::from_secs(60),
         }
     }
 }
@@ -131,7 +134,28 @@ enum Phase {
     Busy,
 }
 
-type Phases = Arc<watch::Sender<Phase>>;
+#[derive(Clone, Copy, Debug)]
+struct Activity {
+    phase: Phase,
+    /// Since when the client takes nothing of what waits to be written, if so.
+    unread_since: Option<Instant>,
+}
+
+impl Activity {
+    /// When the connection will have been at it for too long, and what to call that.
+    fn deadline(self, limits: ConnectionLimits) -> Option<(Instant, &'static str)> {
+        if let Some(since) = self.unread_since {
+            return Some((since + limits.write_time_max, "the client does not read its answer"));
+        }
+        match self.phase {
+            Phase::Idle(since) => Some((since + limits.idle_time_max, "nothing was asked")),
+            Phase::Head(since) => Some((since + limits.head_time_max, "a head came too slowly")),
+            Phase::Busy => None,
+        }
+    }
+}
+
+type Activities = Arc<watch::Sender<Activity>>;
 
 async fn connection(
     stream: TcpStream,
@@ -140,13 +164,14 @@ async fn connection(
     mut closing: watch::Receiver<bool>,
     _permit: OwnedSemaphorePermit,
 ) {
-    let (phases, mut phase) = watch::channel(Phase::Idle(Instant::now()));
-    let phases: Phases = Arc::new(phases);
-    let io = TokioIo::new(Watched { stream, phases: phases.clone() });
+    let begin = Activity { phase: Phase::Idle(Instant::now()), unread_since: None };
+    let (activities, mut activity) = watch::channel(begin);
+    let activities: Activities = Arc::new(activities);
+    let io = TokioIo::new(Watched { stream, activities: activities.clone() });
     let router = TowerToHyperService::new(router);
     let service = service_fn(|request: hyper::Request<Incoming>| {
-        phases.send_replace(Phase::Busy);
-        let answer = Answer { phases: phases.clone() };
+        activities.send_modify(|activity| activity.phase = Phase::Busy);
+        let answer = Answer { activities: activities.clone() };
         let response = router.call(request.map(Body::new));
         async move { response.await.map(|r| r.map(|inner| Answered { inner, _answer: answer })) }
     });
@@ -159,7 +184,7 @@ async fn connection(
     let mut connection = pin!(connection);
     let mut told_to_close = false;
     loop {
-        let expired = expired(&mut phase, limits);
+        let expired = expired(&mut activity, limits);
         tokio::select! {
             result = connection.as_mut() => {
                 if let Err(error) = result {
@@ -171,30 +196,35 @@ async fn connection(
                 told_to_close = true;
                 connection.as_mut().graceful_shutdown();
             }
-            () = expired => return,
+            why = expired => {
+                tracing::debug!(why, "closing a connection");
+                return;
+            }
         }
     }
 }
 
-/// Returns when the connection has been in a phase for too long.
-async fn expired(phase: &mut watch::Receiver<Phase>, limits: ConnectionLimits) {
+/// Returns when the connection has been at something for too long.
+async fn expired(
+    activity: &mut watch::Receiver<Activity>,
+    limits: ConnectionLimits,
+) -> &'static str {
     loop {
-        let deadline = match *phase.borrow_and_update() {
-            Phase::Idle(since) => Some(since + limits.idle_time_max),
-            Phase::Head(since) => Some(since + limits.head_time_max),
-            Phase::Busy => None,
-        };
+        let deadline = activity.borrow_and_update().deadline(limits);
         let passed = async {
             match deadline {
-                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                Some((deadline, why)) => {
+                    tokio::time::sleep_until(deadline).await;
+                    why
+                }
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
-            () = passed => return,
-            changed = phase.changed() => {
+            why = passed => return why,
+            changed = activity.changed() => {
                 if changed.is_err() {
-                    return;
+                    return "nobody answers any more";
                 }
             }
         }
@@ -203,12 +233,12 @@ async fn expired(phase: &mut watch::Receiver<Phase>, limits: ConnectionLimits) {
 
 /// Lives as long as an answer is owed.
 struct Answer {
-    phases: Phases,
+    activities: Activities,
 }
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.phases.send_replace(Phase::Idle(Instant::now()));
+        self.activities.send_modify(|activity| activity.phase = Phase::Idle(Instant::now()));
     }
 }
 
@@ -238,10 +268,28 @@ impl HttpBody for Answered {
     }
 }
 
-/// A socket that notes when a request begins to arrive.
+/// A socket that notes when a request begins to arrive, and when an answer is not taken.
 struct Watched {
     stream: TcpStream,
-    phases: Phases,
+    activities: Activities,
+}
+
+impl Watched {
+    fn note_write(&self, written: &Poll<io::Result<usize>>) {
+        self.activities.send_if_modified(|activity| {
+            let was_unread = activity.unread_since.is_some();
+            if written.is_pending() == was_unread {
+                return false;
+            }
+            let now = Instant::now();
+            activity.unread_since = written.is_pending().then_some(now);
+            // The end of an answer may still lie here when nothing more is owed: idling begins once it is taken.
+            if let Phase::Idle(since) = &mut activity.phase {
+                *since = now;
+            }
+            true
+        });
+    }
 }
 
 impl AsyncRead for Watched {
@@ -253,10 +301,10 @@ impl AsyncRead for Watched {
         let before = buffer.filled().len();
         let result = Pin::new(&mut self.stream).poll_read(cx, buffer);
         if buffer.filled().len() > before {
-            self.phases.send_if_modified(|phase| {
-                let begins = matches!(phase, Phase::Idle(_));
+            self.activities.send_if_modified(|activity| {
+                let begins = matches!(activity.phase, Phase::Idle(_));
                 if begins {
-                    *phase = Phase::Head(Instant::now());
+                    activity.phase = Phase::Head(Instant::now());
                 }
                 begins
             });
@@ -271,7 +319,9 @@ impl AsyncWrite for Watched {
         cx: &mut Context,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let result = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        self.note_write(&result);
+        result
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context) -> Poll<io::Result<()>> {
@@ -287,7 +337,9 @@ impl AsyncWrite for Watched {
         cx: &mut Context,
         slices: &[io::IoSlice],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        let result = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        self.note_write(&result);
+        result
     }
 
     fn is_write_vectored(&self) -> bool {

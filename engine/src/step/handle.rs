@@ -1,16 +1,16 @@
-//! The step loop as the rest of the process sees it: submit, listen, cancel, watch.
+//! The step loop as the rest of the process sees it: submit and watch; to listen and to cancel stand in `events`.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, watch};
 
+use super::events::{EventSender, RequestStream, events};
 use crate::kv_cache::{PageHash, page_hashes};
 use crate::metrics::Metrics;
-use crate::request::{Event, Refusal, Request};
+use crate::request::{Refusal, Request};
 use crate::scheduler::{Ask, Limits, RequestId};
 
 pub(super) enum Command {
@@ -24,7 +24,7 @@ pub(super) struct Submission {
     pub request: Request,
     pub page_hashes: Vec<PageHash>,
     pub arrived: Instant,
-    pub events: UnboundedSender<Event>,
+    pub events: EventSender,
 }
 
 impl Ask {
@@ -201,16 +201,11 @@ impl EngineHandle {
         let page_hashes =
             if reuse { page_hashes(&request.prompt, &request.salt) } else { Vec::new() };
         let id = RequestId(self.shared.requests.fetch_add(1, SeqCst));
-        let (events, receiver) = unbounded_channel();
+        let (events, stream) = events(id, ask, self.commands.clone());
         let submission = Submission { id, request, page_hashes, arrived, events };
         // A loop that has ended drops the submission, and with it the sender: the stream then reports a failure.
         let _ = self.commands.send(Command::Submit(Box::new(submission)));
-        Ok(RequestStream {
-            id,
-            events: receiver,
-            commands: self.commands.clone(),
-            open: vec![true; ask.choices as usize],
-        })
+        Ok(stream)
     }
 
     /// Whether the queue would take one more: asked before a prompt is tokenized, and only a hint, since `submit` decides.
@@ -263,59 +258,5 @@ impl EngineHandle {
         let mut loss = self.shared.loss.subscribe();
         let lost = loss.wait_for(Option::is_some).await.expect("the handle holds the sender");
         lost.clone().expect("waited for it")
-    }
-}
-
-/// A request's events. Dropped before all choices have ended, it cancels the request.
-pub struct RequestStream {
-    id: RequestId,
-    events: UnboundedReceiver<Event>,
-    commands: Sender<Command>,
-    /// By choice.
-    open: Vec<bool>,
-}
-
-impl RequestStream {
-    /// The next event; none after every choice has ended.
-    pub async fn next(&mut self) -> Option<Event> {
-        while self.is_open() {
-            let Some(event) = self.events.recv().await else {
-                let choice = self.open.iter().position(|open| *open)?;
-                self.open[choice] = false;
-                let message = "the engine has stopped".into();
-                return Some(Event::Failed { choice: choice as u32, message });
-            };
-            let (choice, last) = match &event {
-                Event::Prompt { choice, .. } | Event::Token { choice, .. } => (*choice, false),
-                Event::Finished { choice, .. } | Event::Failed { choice, .. } => (*choice, true),
-            };
-            let open = &mut self.open[choice as usize];
-            if *open {
-                *open = !last;
-                return Some(event);
-            }
-        }
-        None
-    }
-
-    /// Ends a choice in whose text a stop string was found: it brings no further event.
-    pub fn finish_choice(&mut self, choice: u32) {
-        if std::mem::take(&mut self.open[choice as usize]) {
-            // A loop that has ended has nothing left to finish.
-            let _ = self.commands.send(Command::Finish(self.id, choice));
-        }
-    }
-
-    fn is_open(&self) -> bool {
-        self.open.contains(&true)
-    }
-}
-
-impl Drop for RequestStream {
-    fn drop(&mut self) {
-        if self.is_open() {
-            // A loop that has ended has nothing left to cancel.
-            let _ = self.commands.send(Command::Cancel(self.id));
-        }
     }
 }

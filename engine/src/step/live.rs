@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
-use tokio::sync::mpsc::UnboundedSender;
 
+use super::events::EventSender;
 use super::handle::Shared;
 use crate::batch::{
     AdapterIndex, RowInput, SamplingParams, SlotStart, SpanOutput, StepOutput, TokenId,
@@ -19,8 +19,7 @@ use crate::scheduler::{End, Notice, Outcome};
 pub struct Live {
     request: Request,
     arrived: Instant,
-    /// Bounded by nature: at most `output_tokens_max` and two events per choice.
-    events: UnboundedSender<Event>,
+    events: EventSender,
     choices: Vec<Choice>,
     /// Choices that have not ended.
     open: usize,
@@ -45,7 +44,7 @@ impl Live {
         last_page: Option<&PageHash>,
         prefix_reuse: bool,
         arrived: Instant,
-        events: UnboundedSender<Event>,
+        events: EventSender,
     ) -> Live {
         let root = || PageHash::root(&request.salt);
         let page_hash = prefix_reuse.then(|| last_page.copied().unwrap_or_else(root));
@@ -125,7 +124,7 @@ impl Live {
         Outcome { stop: self.request.stop.stop_tokens.contains(&sampled.token), page_hash }
     }
 
-    /// Tells the stream. False: nobody is there any more.
+    /// Tells the stream. False: nobody is there any more, or nobody who keeps up.
     pub fn tell(
         &mut self,
         notice: Notice,
@@ -164,7 +163,7 @@ impl Live {
                 }
             }
         };
-        self.events.send(event).is_ok()
+        self.events.send(event)
     }
 
     fn note_token(&mut self, choice: u32, now: Instant, metrics: &Metrics) {

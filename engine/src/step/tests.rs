@@ -126,6 +126,29 @@ async fn a_dropped_stream_frees_its_pages() {
 }
 
 #[tokio::test]
+async fn a_reader_that_stops_reading_loses_its_request_and_is_told_so() {
+    let unread = events::CHOICE_EVENTS_MAX as usize;
+    let limits = Limits { context_tokens: 8192, kv_pages: vec![128], ..limits() };
+    let (handle, metrics) = measured_engine(limits, Script::default());
+    let mut stream = handle.submit(request(0..10, 8000)).expect("fits");
+    let aborted = r#"finished_reason="abort""#;
+    eventually("the request is given up long before its end", || {
+        measured(&metrics, "requests_finished_total", "request_success_total", aborted) == [1.0; 2]
+    })
+    .await;
+    eventually("its pages come back", || handle.state().kv_pages_free == 128).await;
+    let mut heard = Vec::new();
+    while let Some(event) = stream.next().await {
+        heard.push(event);
+    }
+    let prompt: Vec<TokenId> = (0..10).collect();
+    assert_eq!(tokens(&heard, 0), oracle(&prompt, 7, VOCABULARY, unread - 1), "without a gap");
+    let Some(Event::Failed { choice: 0, message }) = heard.last() else { panic!("no last word") };
+    assert!(message.contains("read too slowly"), "{message}");
+    assert_eq!(heard.len(), unread + 1);
+}
+
+#[tokio::test]
 async fn a_full_queue_refuses_at_once_and_says_when_to_retry() {
     let script = Script { step_time: Duration::from_millis(20), ..Script::default() };
     let limits = Limits { running_max: 1, waiting_max: 2, ..limits() };

@@ -5,9 +5,9 @@ use std::time::Duration;
 use plimsoll_engine::serve::allow_many_connections;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
-use crate::world::{Options, assert_all_free, completion, world};
+use crate::world::{Options, assert_all_free, completion, get, world};
 
 const CLIENTS: usize = 2000;
 
@@ -80,4 +80,33 @@ async fn run(mut stream: TcpStream, client: usize) -> End {
         }
     }
     End::Left
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_stops_reading_loses_its_request_after_a_while() {
+    // Some twelve megabytes would be written over four seconds.
+    let mut options =
+        Options { pages: 1200, step_time: Duration::from_millis(2), ..Options::default() };
+    options.connections.write_time_max = Duration::from_millis(300);
+    let world = world(options).await;
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(world.address).await.unwrap();
+    let wish = json!({"max_tokens": 2000, "n": 32, "stream": true, "ignore_eos": true});
+    let body = completion(json!("long"), wish).to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).await.unwrap();
+    stream.read_exact(&mut [0; 1000]).await.unwrap();
+    assert!(world.app.served().unwrap().engine.state().running > 0);
+    assert_all_free(&world).await;
+    let metrics = String::from_utf8(get(&world, "/metrics").await.body.to_vec()).unwrap();
+    let aborted = |line: &&str| {
+        line.starts_with("plimsoll_requests_finished_total{")
+            && line.contains(r#"finished_reason="abort""#)
+    };
+    let aborted = metrics.lines().find(aborted).unwrap();
+    assert!(aborted.ends_with(" 32"), "every choice was cut: {aborted}");
 }

@@ -1,0 +1,135 @@
+//! A request's events on their way from the loop to whoever listens. The loop never waits for a reader: what is not read
+//! gathers here up to a bound, and a reader that lets it fill loses the request. A listener that goes away cancels it.
+
+use std::sync::mpsc::Sender as Commands;
+use std::sync::{Arc, OnceLock};
+
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::mpsc::{Receiver, Sender, channel};
+
+use super::handle::Command;
+use crate::request::Event;
+use crate::scheduler::{Ask, RequestId};
+
+/// Events of one choice that may wait for their reader: minutes of reading for a person, some 300 KiB of memory.
+pub const CHOICE_EVENTS_MAX: u32 = 4096;
+
+const READ_TOO_SLOWLY: &str =
+    "the answer was read too slowly: more of it was waiting than the engine keeps";
+
+/// The loop's end and the listener's end of a request's events.
+pub(super) fn events(
+    id: RequestId,
+    ask: Ask,
+    commands: Commands<Command>,
+) -> (EventSender, RequestStream) {
+    // Each token is an event, and so are a choice's prompt and its end.
+    let of_a_choice = ask.output_tokens_max.saturating_add(2).min(CHOICE_EVENTS_MAX);
+    let (sender, receiver) = channel(of_a_choice as usize * ask.choices as usize);
+    let cut = Arc::new(OnceLock::new());
+    let open = vec![true; ask.choices as usize];
+    let stream = RequestStream { id, events: receiver, cut: Arc::clone(&cut), commands, open };
+    (EventSender { events: sender, cut }, stream)
+}
+
+pub struct EventSender {
+    events: Sender<Event>,
+    /// Why the listener gets no more, once that is so.
+    cut: Arc<OnceLock<&'static str>>,
+}
+
+impl EventSender {
+    /// Never waits. False: nobody is there any more, or the reader was too slow and gets nothing further.
+    pub fn send(&self, event: Event) -> bool {
+        // Once an event is lost none may follow, even if there is room again.
+        if self.cut.get().is_some() {
+            return false;
+        }
+        match self.events.try_send(event) {
+            Ok(()) => true,
+            Err(TrySendError::Closed(_)) => false,
+            Err(TrySendError::Full(_)) => {
+                self.cut.get_or_init(|| READ_TOO_SLOWLY);
+                false
+            }
+        }
+    }
+}
+
+/// A request's events. Dropped before all choices have ended, it cancels the request.
+pub struct RequestStream {
+    id: RequestId,
+    events: Receiver<Event>,
+    cut: Arc<OnceLock<&'static str>>,
+    commands: Commands<Command>,
+    /// By choice.
+    open: Vec<bool>,
+}
+
+impl RequestStream {
+    /// The next event; none after every choice has ended.
+    pub async fn next(&mut self) -> Option<Event> {
+        while self.is_open() {
+            let Some(event) = self.events.recv().await else {
+                let choice = self.open.iter().position(|open| *open)?;
+                self.open[choice] = false;
+                let message = *self.cut.get().unwrap_or(&"the engine has stopped");
+                return Some(Event::Failed { choice: choice as u32, message: message.into() });
+            };
+            let (choice, last) = match &event {
+                Event::Prompt { choice, .. } | Event::Token { choice, .. } => (*choice, false),
+                Event::Finished { choice, .. } | Event::Failed { choice, .. } => (*choice, true),
+            };
+            let open = &mut self.open[choice as usize];
+            if *open {
+                *open = !last;
+                return Some(event);
+            }
+        }
+        None
+    }
+
+    /// Ends a choice in whose text a stop string was found: it brings no further event.
+    pub fn finish_choice(&mut self, choice: u32) {
+        if std::mem::take(&mut self.open[choice as usize]) {
+            // A loop that has ended has nothing left to finish.
+            let _ = self.commands.send(Command::Finish(self.id, choice));
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.open.contains(&true)
+    }
+}
+
+impl Drop for RequestStream {
+    fn drop(&mut self) {
+        if self.is_open() {
+            // A loop that has ended has nothing left to cancel.
+            let _ = self.commands.send(Command::Cancel(self.id));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn after_a_lost_event_none_follows_even_if_there_is_room_again() {
+        let (commands, _obeyed) = std::sync::mpsc::channel();
+        let ask = Ask { prompt_tokens: 1, output_tokens_max: 1, choices: 1 };
+        let (sender, mut stream) = events(RequestId(0), ask, commands);
+        let token = |token| Event::Token { choice: 0, token, logprob: None };
+        let sent = [1, 2, 3, 4].map(|id| sender.send(token(id)));
+        assert_eq!(sent, [true, true, true, false], "one token, the prompt and the end have room");
+        assert_eq!(stream.next().await, Some(token(1)));
+        assert!(!sender.send(token(5)), "the fourth would be missing");
+        drop(sender);
+        assert_eq!(stream.next().await, Some(token(2)));
+        assert_eq!(stream.next().await, Some(token(3)));
+        let last = Event::Failed { choice: 0, message: READ_TOO_SLOWLY.into() };
+        assert_eq!(stream.next().await, Some(last));
+        assert_eq!(stream.next().await, None);
+    }
+}
