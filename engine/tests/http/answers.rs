@@ -114,6 +114,22 @@ async fn an_echo_without_output_reports_the_prompt_alone() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn usage_counts_the_token_that_ended_the_turn_though_it_is_not_shown() {
+    let world = world(Options::default()).await;
+    for streams in [false, true] {
+        let wish = json!({"seed": 5, "max_tokens": 2000, "logprobs": 0, "stream": streams,
+            "stream_options": streams.then(|| json!({"include_usage": true}))});
+        let answer = post(&world, "/v1/completions", &completion(json!("prompt"), wish)).await;
+        let bodies = if streams { answer.events() } else { vec![answer.json()] };
+        let choices = bodies.iter().flat_map(|body| body["choices"].as_array().unwrap());
+        let shown = choices.clone().filter_map(|choice| choice["logprobs"]["tokens"].as_array());
+        let shown: usize = shown.map(Vec::len).sum();
+        assert_eq!(choices.last().unwrap()["finish_reason"], "stop", "one token in 320 ends it");
+        assert_eq!(bodies.last().unwrap()["usage"]["completion_tokens"], shown + 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn equal_seeds_give_equal_answers_and_stop_strings_end_them() {
     let world = world(Options::default()).await;
     let ask = |more: Value| {
