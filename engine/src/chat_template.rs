@@ -9,6 +9,8 @@ use minijinja::value::{Kwargs, Rest, Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value, context};
 use serde_json::Value as Json;
 
+use crate::model::files;
+
 /// Instructions of a rendering, and at 64 bytes each the memory it may take.
 const FUEL: u64 = 4_000_000;
 /// Bytes of the prompt's text.
@@ -176,7 +178,8 @@ impl io::Write for Bounded {
 fn find_source(dir: &Path, config: &Json) -> Result<Option<String>, ChatTemplateError> {
     let file = dir.join("chat_template.jinja");
     if file.exists() {
-        return std::fs::read_to_string(&file).map(Some).map_err(|e| invalid(&file, &e));
+        let source = files::read(&file, files::TEXT_BYTES_MAX).map_err(|e| invalid(&file, &e))?;
+        return String::from_utf8(source).map(Some).map_err(|e| invalid(&file, &e));
     }
     let wrapped = read_json(&dir.join("chat_template.json"))?;
     let templates =
@@ -197,7 +200,7 @@ fn read_json(path: &Path) -> Result<Option<Json>, ChatTemplateError> {
     if !path.exists() {
         return Ok(None);
     }
-    let bytes = std::fs::read(path).map_err(|e| invalid(path, &e))?;
+    let bytes = files::read(path, files::TEXT_BYTES_MAX).map_err(|e| invalid(path, &e))?;
     serde_json::from_slice(&bytes).map(Some).map_err(|e| invalid(path, &e))
 }
 

@@ -8,6 +8,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::batch::TokenId;
+use crate::model::files;
+
+/// Ten times as long as the longest known.
+const FILE_BYTES_MAX: u64 = 256 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -46,8 +50,10 @@ impl Tokenizer {
         if !path.exists() {
             return Err(TokenizerError::Missing(path));
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| TokenizerError::Malformed { path: path.clone(), reason: e.to_string() })?;
+        let malformed = |reason: String| TokenizerError::Malformed { path: path.clone(), reason };
+        let json = files::read(&path, FILE_BYTES_MAX).map_err(|e| malformed(e.to_string()))?;
+        let inner =
+            tokenizers::Tokenizer::from_bytes(json).map_err(|e| malformed(e.to_string()))?;
         Tokenizer::from_inner(inner, &path)
     }
 

@@ -9,7 +9,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use plimsoll_contract::exit::ExitReason;
+use plimsoll_engine::chat_template::ChatTemplate;
 use plimsoll_engine::model::{Checkpoint, LoadError, Shard, Split, TensorSpec};
+use plimsoll_engine::tokenizer::Tokenizer;
 use plimsoll_kernels::reference::linear::linear;
 use serde_json::json;
 use support::*;
@@ -126,6 +128,55 @@ fn what_is_not_there_is_not_found() {
     let error = error(&dir.0);
     assert_eq!(error.exit_reason(), ExitReason::ModelNotFound);
     assert!(error.to_string().contains(FILE), "{error}");
+}
+
+#[test]
+fn a_pipe_or_a_device_in_the_place_of_a_file_is_refused_and_never_waited_for() {
+    let index = "model.safetensors.index.json";
+    let files = ["config.json", "generation_config.json", FILE, index];
+    for (file, device) in files.iter().flat_map(|file| [(file, false), (file, true)]) {
+        let dir = copy(CASE, &format!("no-file-{file}-{device}"));
+        if *file == index {
+            std::fs::remove_file(dir.0.join(FILE)).unwrap();
+        }
+        put_in_the_place_of(&dir.0.join(file), device);
+        let path = dir.0.clone();
+        let error = within_seconds(move || error(&path));
+        assert_eq!(error.exit_reason(), ExitReason::CorruptWeights, "{file}: {error}");
+        let text = error.to_string();
+        assert!(text.contains(file) && text.contains("not a regular file"), "{text}");
+    }
+    for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        let dir = copy(CASE, &format!("no-text-{file}"));
+        put_in_the_place_of(&dir.0.join(file), false);
+        let path = dir.0.clone();
+        let text = within_seconds(move || match file {
+            "tokenizer.json" => Tokenizer::open(&path).err().unwrap().to_string(),
+            _ => ChatTemplate::open(&path).unwrap_err().to_string(),
+        });
+        assert!(text.contains(file) && text.contains("not a regular file"), "{text}");
+    }
+    let dir = copy(CASE, "no-revision");
+    put_in_the_place_of(&dir.0.join(".plimsoll-revision"), false);
+    put_in_the_place_of(&dir.0.join("tokenizer_config.json"), true);
+    let path = dir.0.clone();
+    let revision =
+        within_seconds(move || Checkpoint::open(&path).unwrap().facts().revision.clone());
+    assert_eq!(revision, None, "what only informs is left out");
+}
+
+fn put_in_the_place_of(file: &Path, device: bool) {
+    let _ = std::fs::remove_file(file);
+    if device {
+        return std::os::unix::fs::symlink("/dev/zero", file).unwrap();
+    }
+    assert!(std::process::Command::new("mkfifo").arg(file).status().unwrap().success());
+}
+
+fn within_seconds<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, waiting) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(work()));
+    waiting.recv_timeout(Duration::from_secs(20)).expect("answered, not waited")
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! (`rope_theta`, `rope_scaling`) or the new (`rope_parameters`). Leaves: typed numbers within bounds, or an error that
 //! names field, finding and remedy. Never here: tensors.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use plimsoll_contract::facts::Family;
@@ -10,6 +11,7 @@ use serde_json::{Map, Value};
 
 use super::error::LoadError;
 use super::families::{Description, FAMILIES, Presence, WindowRule};
+use super::files;
 use crate::batch::TokenId;
 
 const FILE: &str = "config.json";
@@ -94,7 +96,7 @@ impl Config {
 /// `eos_token_id` of generation_config.json, or else of config.json: a number, a list, or nothing.
 pub fn eos_token_ids(dir: &Path) -> Result<Vec<TokenId>, LoadError> {
     for file in ["generation_config.json", FILE] {
-        if !dir.join(file).is_file() {
+        if !dir.join(file).exists() {
             continue;
         }
         let json = read_json(dir, file)?;
@@ -121,17 +123,17 @@ fn read_json(dir: &Path, file: &str) -> Result<Value, LoadError> {
         problem,
         remedy: "give a directory with config.json and *.safetensors".into(),
     };
-    let size = std::fs::metadata(&path).map_err(|e| not_found(format!("{file}: {e}")))?.len();
     let corrupt = |expected: &str, found: String| LoadError::CorruptWeights {
         file: path.clone(),
         tensor: None,
         expected: expected.into(),
         found,
     };
-    if size > FILE_BYTES_MAX {
-        return Err(corrupt("at most 4 MiB of JSON", format!("{size} bytes")));
-    }
-    let text = std::fs::read(&path).map_err(|e| not_found(format!("{file}: {e}")))?;
+    let text = files::read(&path, FILE_BYTES_MAX).map_err(|e| match e.kind() {
+        ErrorKind::InvalidInput => corrupt("a regular file", e.to_string()),
+        ErrorKind::FileTooLarge => corrupt("at most 4 MiB of JSON", format!("a file {e}")),
+        _ => not_found(format!("{file}: {e}")),
+    })?;
     serde_json::from_slice(&text).map_err(|e| corrupt("valid JSON", e.to_string()))
 }
 

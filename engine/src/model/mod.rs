@@ -5,6 +5,7 @@
 mod config;
 mod error;
 mod families;
+pub(crate) mod files;
 mod layers;
 mod weights;
 
@@ -96,7 +97,8 @@ fn parameters(plan: &Plan) -> ParametersByRole {
 }
 
 fn revision(dir: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(dir.join(REVISION_FILE)).ok()?;
+    let text = files::read(&dir.join(REVISION_FILE), files::TEXT_BYTES_MAX).ok()?;
+    let text = String::from_utf8(text).ok()?;
     // Facts travel in a small message: a commit is 40 digits, anything much longer is not one.
     Some(text.trim().chars().take(64).collect::<String>()).filter(|text| !text.is_empty())
 }
@@ -105,7 +107,8 @@ fn has_chat_template(dir: &Path) -> bool {
     if dir.join("chat_template.jinja").is_file() {
         return true;
     }
-    let text = std::fs::read_to_string(dir.join("tokenizer_config.json")).unwrap_or_default();
-    serde_json::from_str::<serde_json::Value>(&text)
+    let file = dir.join("tokenizer_config.json");
+    let text = files::read(&file, files::TEXT_BYTES_MAX).unwrap_or_default();
+    serde_json::from_slice::<serde_json::Value>(&text)
         .is_ok_and(|config| config.get("chat_template").is_some_and(|template| !template.is_null()))
 }

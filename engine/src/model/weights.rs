@@ -3,7 +3,6 @@
 //! Leaves: rows of `f32`. Never here: a panic or an allocation that a lying file could cause.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +12,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use super::error::LoadError;
+use super::files;
 use super::layers::{Split, TensorSpec};
 
 const SINGLE: &str = "model.safetensors";
@@ -91,7 +91,7 @@ impl Weights {
     /// Maps the files and reads their headers.
     pub fn open(dir: &Path) -> Result<Weights, LoadError> {
         let mut weights = Weights { files: Vec::new(), entries: BTreeMap::new() };
-        if dir.join(SINGLE).is_file() {
+        if dir.join(SINGLE).exists() {
             weights.add(dir.join(SINGLE))?;
             return Ok(weights);
         }
@@ -118,7 +118,7 @@ impl Weights {
 
     fn add(&mut self, path: PathBuf) -> Result<(), LoadError> {
         let open = || -> std::io::Result<Mmap> {
-            let file = File::open(&path)?;
+            let file = files::open(&path)?;
             // SAFETY: the map is private and read-only. A checkpoint must not be changed while it is loaded; who
             // truncates it meanwhile ends this process, as with any mapped file.
             unsafe { Mmap::map(&file) }
@@ -317,17 +317,15 @@ impl TensorView<'_> {
 /// `weight_map` of the index: which file holds which tensor.
 fn read_index(dir: &Path) -> Result<BTreeMap<String, String>, LoadError> {
     let path = dir.join(INDEX);
-    let Ok(size) = std::fs::metadata(&path).map(|metadata| metadata.len()) else {
+    if !path.exists() {
         return Err(LoadError::ModelNotFound {
             source_name: dir.display().to_string(),
             problem: format!("neither {SINGLE} nor {INDEX} is there"),
             remedy: "give a directory with config.json and *.safetensors".into(),
         });
-    };
-    if size > INDEX_BYTES_MAX {
-        return Err(corrupt(&path, None, "at most 64 MiB of JSON", format!("{size} bytes")));
     }
-    let text = std::fs::read(&path).map_err(|e| corrupt(&path, None, "a readable file", e))?;
+    let text = files::read(&path, INDEX_BYTES_MAX)
+        .map_err(|e| corrupt(&path, None, "a readable file of at most 64 MiB", e))?;
     let json: Value =
         serde_json::from_slice(&text).map_err(|e| corrupt(&path, None, "valid JSON", e))?;
     let map = json.get("weight_map").and_then(Value::as_object);
