@@ -2,13 +2,17 @@
 //! leave. Token values, clocks, clients and devices never do, and the same calls always give the same plans.
 //!
 //! The rules, in one place:
-//! - **Order.** Sequences are admitted strictly in order of arrival (the choices of a request one after the other);
-//!   nobody overtakes, even who would fit. Within a step decode rows come first, then prefill chunks, both oldest
-//!   first, under `step_tokens_max`. Hence first tokens come in order of arrival.
+//! - **Order.** Every choice has a [`Turn`], fixed when its request arrives: a first choice comes in order of arrival,
+//!   the second behind the first of the next request, the third behind the first of the one after that, and so on. So
+//!   a request of many choices holds nobody back who asks for one, and newcomers hold none of its choices back for
+//!   ever. Who waits is admitted strictly by turn; nobody overtakes, even who would fit, and who runs already is not
+//!   stopped for an earlier turn that arrives later. Within a step decode rows come first, then prompts under way,
+//!   each by turn, then who is admitted, under `step_tokens_max`. Hence of two choices the one whose turn is earlier
+//!   and whose request is no younger has its first token first.
 //! - **Pages.** Admission takes all pages of the prompt at once and leaves one page for each running sequence.
-//!   Decoding takes pages one by one. When there is none, the youngest running sequence gives up all of its pages and
-//!   goes back to its place in the queue, to be computed again; the youngest itself waits. So the oldest always
-//!   proceeds, and everyone becomes the oldest.
+//!   Decoding takes pages one by one. When there is none, the running sequence whose turn is last gives up all of its
+//!   pages and goes back to its place in the queue, to be computed again; the last itself waits. So the first always
+//!   proceeds, and everyone becomes the first.
 //! - **Reuse.** A prompt starts behind the longest published prefix; one that is cached wholly recomputes its last
 //!   token. The later choices of a request wait for a sibling's prompt and share its pages. Pages are published when
 //!   the step that filled them is committed. Who wants log-probabilities of the prompt computes all of it.
@@ -26,7 +30,7 @@ use std::sync::Arc;
 
 pub use limits::{Ask, Limits};
 use plimsoll_contract::abilities::PAGE_TOKENS;
-use sequence::Sequence;
+use sequence::{Sequence, Turn};
 
 use crate::batch::{PageCopy, PageId, SequenceId, Slot, StepNumber};
 use crate::kv_cache::{KvCache, PageHash};
@@ -110,7 +114,8 @@ pub struct Totals {
 }
 
 struct RequestState {
-    first: SequenceId,
+    /// Requests that arrived before it.
+    number: u64,
     choices: u32,
     /// Choices that have not ended.
     open: u32,
@@ -128,7 +133,7 @@ struct InFlight {
 
 #[derive(Clone, Copy)]
 struct SpanInFlight {
-    sequence: SequenceId,
+    turn: Turn,
     position: u32,
     end: u32,
     sample: bool,
@@ -138,17 +143,18 @@ pub struct Scheduler {
     limits: Limits,
     kv: KvCache,
     requests: HashMap<RequestId, RequestState>,
-    /// Not running, by age: preempted ones and those that never ran.
-    waiting: BTreeMap<SequenceId, Sequence>,
-    /// By age; they hold a slot and pages.
+    /// Not running: preempted ones and those that never ran.
+    waiting: BTreeMap<Turn, Sequence>,
+    /// By turn; they hold a slot and pages.
     running: Vec<Sequence>,
     /// Ended, but still part of a step in flight; they keep slot and pages until it is committed.
     leaving: Vec<Sequence>,
     slots_free: Vec<Slot>,
     in_flight: VecDeque<InFlight>,
     /// The head of the queue, if it lacked pages, and how many of its pages were published then.
-    blocked: Option<(SequenceId, usize)>,
+    blocked: Option<(Turn, usize)>,
     waiting_requests: usize,
+    next_request: u64,
     next_sequence: u64,
     next_step: u64,
     totals: Totals,
@@ -167,6 +173,7 @@ impl Scheduler {
             in_flight: VecDeque::with_capacity(limits.steps_in_flight),
             blocked: None,
             waiting_requests: 0,
+            next_request: 0,
             next_sequence: 0,
             next_step: 1,
             totals: Totals::default(),
@@ -179,8 +186,10 @@ impl Scheduler {
         let refusal = self.limits.refusal(new.ask, self.waiting_requests, 0);
         assert!(refusal.is_none(), "the door lets in only what fits: {refusal:?}");
         let choices = new.ask.choices;
+        let number = self.next_request;
+        self.next_request += 1;
         let state = RequestState {
-            first: SequenceId(self.next_sequence),
+            number,
             choices,
             open: choices,
             begun: false,
@@ -189,7 +198,8 @@ impl Scheduler {
         for choice in 0..choices {
             let id = SequenceId(self.next_sequence);
             self.next_sequence += 1;
-            self.waiting.insert(id, Sequence::new(id, choice, &new));
+            let turn = Turn::of(number, choice);
+            self.waiting.insert(turn, Sequence::new(id, turn, choice, &new));
         }
         self.waiting_requests += 1;
         let known = self.requests.insert(new.id, state);
@@ -198,15 +208,15 @@ impl Scheduler {
 
     /// Ends whatever is left of a request: its client is gone.
     pub fn cancel(&mut self, request: RequestId, notices: &mut Vec<Notice>) {
-        for id in self.sequences_of(request) {
-            self.end(id, End::Aborted, notices);
+        for turn in self.turns_of(request) {
+            self.end(turn, End::Aborted, notices);
         }
     }
 
     /// Ends one choice, in whose text a stop string was found. Nothing happens if it has ended already.
     pub fn finish(&mut self, request: RequestId, choice: u32, notices: &mut Vec<Notice>) {
-        if let Some(id) = self.sequences_of(request).nth(choice as usize) {
-            self.end(id, End::Stop, notices);
+        if let Some(turn) = self.turns_of(request).nth(choice as usize) {
+            self.end(turn, End::Stop, notices);
         }
     }
 
@@ -215,10 +225,10 @@ impl Scheduler {
         while let Some(step) = self.in_flight.pop_front() {
             self.leave_step(&step);
         }
-        let ids: Vec<SequenceId> =
-            self.running.iter().map(|s| s.id).chain(self.waiting.keys().copied()).collect();
-        for id in ids {
-            self.end(id, End::Failed, notices);
+        let turns: Vec<Turn> =
+            self.running.iter().map(|s| s.turn).chain(self.waiting.keys().copied()).collect();
+        for turn in turns {
+            self.end(turn, End::Failed, notices);
         }
     }
 
@@ -268,18 +278,17 @@ impl Scheduler {
         {
             return Err("slots are lost or doubled".into());
         }
-        if !self.running.is_sorted_by_key(|s| s.id) {
-            return Err("running sequences are not in order of arrival".into());
+        if !self.running.is_sorted_by_key(|s| s.turn) {
+            return Err("running sequences are not in the order of their turns".into());
         }
-        let oldest_waiting = self.waiting.keys().next();
-        let youngest_running = self.running.last().map(|s| &s.id);
-        if let (Some(oldest), Some(youngest)) = (oldest_waiting, youngest_running)
-            && oldest < youngest
-        {
-            return Err(format!("{youngest:?} overtook {oldest:?}"));
+        for running in &self.running {
+            let passed_by = |s: &&Sequence| s.turn < running.turn && s.id < running.admitted_before;
+            if let Some(waiting) = self.waiting.values().find(passed_by) {
+                return Err(format!("{:?} overtook {:?}", running.turn, waiting.turn));
+            }
         }
         for span in self.in_flight.iter().flat_map(|step| &step.spans) {
-            let owner = sequences().find(|s| s.id == span.sequence).ok_or("a span has no owner")?;
+            let owner = sequences().find(|s| s.turn == span.turn).ok_or("a span has no owner")?;
             let pages = span.position / PAGE_TOKENS..=(span.end - 1) / PAGE_TOKENS;
             if !pages.clone().all(|page| self.kv.writable(&owner.table, page as usize)) {
                 return Err(format!("a step in flight writes pages {pages:?} that are shared"));
@@ -292,14 +301,14 @@ impl Scheduler {
         Ok(())
     }
 
-    fn sequences_of(&self, request: RequestId) -> impl Iterator<Item = SequenceId> + use<> {
-        let (first, choices) =
-            self.requests.get(&request).map_or((0, 0), |state| (state.first.0, state.choices));
-        (first..first + u64::from(choices)).map(SequenceId)
+    fn turns_of(&self, request: RequestId) -> impl Iterator<Item = Turn> + use<> {
+        let (number, choices) =
+            self.requests.get(&request).map_or((0, 0), |state| (state.number, state.choices));
+        (0..choices).map(move |choice| Turn::of(number, choice))
     }
 
-    fn running_index(&self, id: SequenceId) -> Option<usize> {
-        self.running.binary_search_by_key(&id, |sequence| sequence.id).ok()
+    fn running_index(&self, turn: Turn) -> Option<usize> {
+        self.running.binary_search_by_key(&turn, |sequence| sequence.turn).ok()
     }
 }
 

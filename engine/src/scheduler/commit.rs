@@ -2,8 +2,8 @@
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
 
-use super::{End, InFlight, Notice, Outcome, Scheduler, SequenceId, SpanInFlight, StepNumber};
-use crate::scheduler::sequence::Sequence;
+use super::sequence::{Sequence, Turn};
+use super::{End, InFlight, Notice, Outcome, Scheduler, SpanInFlight, StepNumber};
 
 impl Scheduler {
     /// Takes what the oldest step in flight brought, one outcome per span.
@@ -13,7 +13,7 @@ impl Scheduler {
         assert_eq!(step.spans.len(), outcomes.len(), "one outcome per span");
         for (index, (span, outcome)) in step.spans.iter().zip(outcomes).enumerate() {
             if let Some(end) = self.commit_span(index, span, outcome, notices) {
-                self.end(span.sequence, end, notices);
+                self.end(span.turn, end, notices);
             }
         }
         self.leave_step(&step);
@@ -25,7 +25,7 @@ impl Scheduler {
         let index = index.expect("only steps in flight fail");
         let step = self.in_flight.remove(index).expect("found just now");
         for span in &step.spans {
-            self.end(span.sequence, End::Failed, notices);
+            self.end(span.turn, End::Failed, notices);
         }
         self.leave_step(&step);
     }
@@ -38,7 +38,7 @@ impl Scheduler {
         notices: &mut Vec<Notice>,
     ) -> Option<End> {
         // What ended while the step was in flight no longer runs, and its row is dropped.
-        let sequence = self.running_index(span.sequence)?;
+        let sequence = self.running_index(span.turn)?;
         let sequence = &mut self.running[sequence];
         let (request, choice) = (sequence.request, sequence.choice);
         sequence.committed = span.end;
@@ -69,8 +69,8 @@ impl Scheduler {
     }
 
     /// Takes a sequence out of the books, unless it has left them before.
-    pub(super) fn end(&mut self, id: SequenceId, end: End, notices: &mut Vec<Notice>) {
-        let (request, choice) = if let Some(index) = self.running_index(id) {
+    pub(super) fn end(&mut self, turn: Turn, end: End, notices: &mut Vec<Notice>) {
+        let (request, choice) = if let Some(index) = self.running_index(turn) {
             let sequence = self.running.remove(index);
             let names = (sequence.request, sequence.choice);
             if sequence.in_flight > 0 {
@@ -79,7 +79,7 @@ impl Scheduler {
                 self.retire(sequence);
             }
             names
-        } else if let Some(sequence) = self.waiting.remove(&id) {
+        } else if let Some(sequence) = self.waiting.remove(&turn) {
             (sequence.request, sequence.choice)
         } else {
             return;
@@ -96,11 +96,11 @@ impl Scheduler {
     /// The step is over for its sequences: those that have ended give their pages and slots back.
     pub(super) fn leave_step(&mut self, step: &InFlight) {
         for span in &step.spans {
-            if let Some(index) = self.running_index(span.sequence) {
+            if let Some(index) = self.running_index(span.turn) {
                 self.running[index].in_flight -= 1;
                 continue;
             }
-            let index = self.leaving.iter().position(|sequence| sequence.id == span.sequence);
+            let index = self.leaving.iter().position(|sequence| sequence.turn == span.turn);
             let index = index.expect("a sequence stays until its last step is over");
             self.leaving[index].in_flight -= 1;
             if self.leaving[index].in_flight == 0 {

@@ -2,14 +2,17 @@
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
 
-use super::{InFlight, Scheduler, SequenceId, SpanInFlight, SpanPlan, StepPlan};
-use crate::batch::{PageCopy, StepNumber};
+use super::sequence::Turn;
+use super::{InFlight, Scheduler, SpanInFlight, SpanPlan, StepPlan};
+use crate::batch::{PageCopy, SequenceId, StepNumber};
 use crate::kv_cache::pages_of;
 
 /// A plan in the making.
 struct Draft {
     copies: Vec<PageCopy>,
     spans: Vec<SpanPlan>,
+    /// The same spans as they are remembered until their step is committed.
+    in_flight: Vec<SpanInFlight>,
     /// Rows that may still be added.
     rows_left: u32,
     /// Running sequences from this index on get no rows: one of them is to be preempted as soon as no step contains it.
@@ -33,6 +36,7 @@ impl Scheduler {
         let mut draft = Draft {
             copies: Vec::new(),
             spans: Vec::with_capacity(self.running.len() + 1),
+            in_flight: Vec::with_capacity(self.running.len() + 1),
             rows_left: self.limits.step_tokens_max,
             withheld_from: usize::MAX,
             short_of_pages: false,
@@ -41,20 +45,17 @@ impl Scheduler {
         self.plan_prefills(&mut draft);
         self.admit(&mut draft);
         if draft.spans.is_empty() {
-            assert!(!self.in_flight.is_empty() || self.is_idle(), "the oldest always proceeds");
+            assert!(
+                !self.in_flight.is_empty() || self.is_idle(),
+                "the first in turn always proceeds"
+            );
             return None;
         }
         let number = StepNumber(self.next_step);
         self.next_step += 1;
-        let spans = draft.spans.iter().map(|span| SpanInFlight {
-            sequence: span.sequence,
-            position: span.position,
-            end: span.position + span.rows,
-            sample: span.sample,
-        });
-        let spans = spans.collect();
-        self.in_flight.push_back(InFlight { number, copies: draft.copies.clone(), spans });
-        Some(StepPlan { number, copies: draft.copies, spans: draft.spans })
+        let Draft { copies, spans, in_flight, .. } = draft;
+        self.in_flight.push_back(InFlight { number, copies: copies.clone(), spans: in_flight });
+        Some(StepPlan { number, copies, spans })
     }
 
     fn plan_decodes(&mut self, draft: &mut Draft) {
@@ -67,7 +68,7 @@ impl Scheduler {
         }
     }
 
-    /// Pages for one more row of a running sequence, taken from the youngest if need be.
+    /// Pages for one more row of a running sequence, taken from the last in turn if need be.
     fn make_room(&mut self, index: usize, draft: &mut Draft) -> bool {
         loop {
             let sequence = &mut self.running[index];
@@ -76,25 +77,25 @@ impl Scheduler {
                 return true;
             }
             draft.short_of_pages = true;
-            let youngest = self.running.len() - 1;
-            if !self.leaving.is_empty() || index == youngest || draft.withheld_from == youngest {
+            let last = self.running.len() - 1;
+            if !self.leaving.is_empty() || index == last || draft.withheld_from == last {
                 return false;
             }
-            if self.running[youngest].in_flight > 0 {
-                draft.withheld_from = youngest;
+            if self.running[last].in_flight > 0 {
+                draft.withheld_from = last;
                 return false;
             }
-            self.preempt_youngest();
+            self.preempt_last();
         }
     }
 
-    fn preempt_youngest(&mut self) {
-        let mut sequence = self.running.pop().expect("a younger one than the caller's exists");
+    fn preempt_last(&mut self) {
+        let mut sequence = self.running.pop().expect("a later one than the caller's exists");
         assert_eq!(sequence.in_flight, 0, "a step in flight would still write its pages");
         sequence.begins = true;
         self.kv.release(std::mem::take(&mut sequence.table));
         self.slots_free.push(sequence.slot);
-        self.waiting.insert(sequence.id, sequence);
+        self.waiting.insert(sequence.turn, sequence);
         self.totals.preemptions += 1;
     }
 
@@ -113,17 +114,17 @@ impl Scheduler {
             && !draft.short_of_pages
             && self.running.len() + self.leaving.len() < self.limits.running_max
         {
-            let Some(&id) = self.waiting.keys().next() else { return };
-            let Some(start) = self.starting_point(id) else { return };
-            let index = self.begin(id, start, draft);
+            let Some(&turn) = self.waiting.keys().next() else { return };
+            let Some(start) = self.starting_point(turn) else { return };
+            let index = self.begin(turn, start, draft);
             let rows = self.running[index].rows_left().min(draft.rows_left);
             self.add_span(index, rows, draft);
         }
     }
 
     /// Where the head of the queue would start, or none while it must wait for a sibling or for pages.
-    fn starting_point(&mut self, id: SequenceId) -> Option<Start> {
-        let sequence = &self.waiting[&id];
+    fn starting_point(&mut self, turn: Turn) -> Option<Start> {
+        let sequence = &self.waiting[&turn];
         let pages = pages_of(sequence.length());
         let margin = self.running.len();
         let mut siblings =
@@ -138,17 +139,17 @@ impl Scheduler {
             let fits = pages - shared + 1 + margin <= self.kv.pages_available();
             return fits.then_some(Start::Sibling { index, pages: shared });
         }
-        self.published_start(id)
+        self.published_start(turn)
     }
 
-    fn published_start(&mut self, id: SequenceId) -> Option<Start> {
-        let sequence = &self.waiting[&id];
+    fn published_start(&mut self, turn: Turn) -> Option<Start> {
+        let sequence = &self.waiting[&turn];
         let pages = pages_of(sequence.length());
         let margin = self.running.len();
         let logprobs = self.requests[&sequence.request].prompt_logprobs;
         let hashes = if logprobs { &[] } else { &sequence.hashes[..] };
         if let Some((blocked, found)) = self.blocked
-            && blocked == id
+            && blocked == turn
             && pages - found + margin > self.kv.pages_available()
             && self.kv.lookup(&hashes[found..hashes.len().min(found + 1)]) == 0
         {
@@ -167,12 +168,12 @@ impl Scheduler {
         if pages - computing + margin <= available {
             return Some(Start::Published { pages: computing });
         }
-        self.blocked = Some((id, found));
+        self.blocked = Some((turn, found));
         None
     }
 
-    fn begin(&mut self, id: SequenceId, start: Start, draft: &mut Draft) -> usize {
-        let mut sequence = self.waiting.remove(&id).expect("the head of the queue");
+    fn begin(&mut self, turn: Turn, start: Start, draft: &mut Draft) -> usize {
+        let mut sequence = self.waiting.remove(&turn).expect("the head of the queue");
         let request = self.requests.get_mut(&sequence.request).expect("it has an open choice");
         if !request.begun {
             request.begun = true;
@@ -204,8 +205,10 @@ impl Scheduler {
         let first = sequence.computed;
         let ready = self.kv.prepare(&mut sequence.table, first, length, &mut draft.copies);
         assert!(ready, "starting_point() counted the pages");
-        self.running.push(sequence);
-        self.running.len() - 1
+        sequence.admitted_before = SequenceId(self.next_sequence);
+        let index = self.running.partition_point(|running| running.turn < turn);
+        self.running.insert(index, sequence);
+        index
     }
 
     fn add_span(&mut self, index: usize, rows: u32, draft: &mut Draft) {
@@ -216,6 +219,8 @@ impl Scheduler {
         sequence.sampled += u32::from(sample);
         sequence.in_flight += 1;
         draft.rows_left -= rows;
+        let (turn, end) = (sequence.turn, sequence.computed);
+        draft.in_flight.push(SpanInFlight { turn, position, end, sample });
         draft.spans.push(SpanPlan {
             sequence: sequence.id,
             request: sequence.request,

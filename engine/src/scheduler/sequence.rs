@@ -4,8 +4,25 @@ use super::{NewRequest, RequestId};
 use crate::batch::{SequenceId, Slot};
 use crate::kv_cache::{BlockTable, PageHash};
 
+/// Whose turn it is: earlier ones are smaller. A request's second choice has the round of the next request's first and
+/// comes behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Turn {
+    round: u64,
+    choice: u32,
+}
+
+impl Turn {
+    /// `request` counts those that arrived before.
+    pub fn of(request: u64, choice: u32) -> Turn {
+        Turn { round: request + u64::from(choice), choice }
+    }
+}
+
 pub struct Sequence {
+    /// Counts choices in order of arrival.
     pub id: SequenceId,
+    pub turn: Turn,
     pub request: RequestId,
     pub choice: u32,
     pub prompt: u32,
@@ -29,6 +46,8 @@ pub struct Sequence {
     pub begins: bool,
     /// Steps in flight that contain it.
     pub in_flight: u32,
+    /// Choices from this one on arrived after its last admission.
+    pub admitted_before: SequenceId,
     /// How much of the prompt was found; set by the first admission.
     pub cached_tokens: Option<u32>,
     /// The notice about the prompt was given.
@@ -38,9 +57,10 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(id: SequenceId, choice: u32, new: &NewRequest) -> Sequence {
+    pub fn new(id: SequenceId, turn: Turn, choice: u32, new: &NewRequest) -> Sequence {
         Sequence {
             id,
+            turn,
             request: new.id,
             choice,
             prompt: new.ask.prompt_tokens,
@@ -55,6 +75,7 @@ impl Sequence {
             slot: Slot(0),
             begins: true,
             in_flight: 0,
+            admitted_before: id,
             cached_tokens: None,
             prompt_noticed: false,
             prompt_logprobs: false,

@@ -197,6 +197,68 @@ fn nobody_overtakes_even_who_would_fit() {
     assert!(positions.collect::<Vec<_>>().is_sorted());
 }
 
+/// Request and choice of each that is admitted, in this order.
+fn admitted(plan: &StepPlan) -> Vec<(u64, u32)> {
+    let begins = plan.spans.iter().filter(|span| span.begins);
+    begins.map(|span| (span.request.0, span.choice)).collect()
+}
+
+#[test]
+fn choices_take_turns_with_the_first_choices_of_those_behind_them() {
+    let mut bench = Bench::new(Limits { running_max: 1, ..limits() });
+    bench.add(Ask { choices: 4, ..ask(5, 1) });
+    bench.add(Ask { choices: 2, ..ask(5, 1) });
+    bench.add(ask(5, 1));
+    let mut order = Vec::new();
+    for step in 0..8 {
+        if step == 4 {
+            bench.add(ask(5, 1));
+        }
+        order.extend(admitted(&bench.step()));
+    }
+    let by_hand = [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (3, 0), (0, 3)];
+    // Rounds: 0 | 1 1 | 2 2 2 | 3 3, with the fourth request in time for the third round.
+    assert_eq!(order, by_hand);
+}
+
+#[test]
+fn a_request_of_many_choices_holds_the_next_ones_back_by_one_choice_each() {
+    let mut bench = Bench::new(Limits { running_max: 2, ..limits() });
+    bench.add(Ask { choices: 128, ..ask(5, 3) });
+    bench.step();
+    bench.step();
+    assert_eq!(bench.scheduler.running(), 2, "it takes what nobody else wants");
+    for _ in 0..3 {
+        bench.add(ask(5, 3));
+    }
+    let mut steps = 0;
+    while bench.scheduler.waiting_requests() > 0 {
+        bench.step();
+        steps += 1;
+    }
+    assert!(steps < 12, "{steps} steps, and 128 choices take 192");
+    bench.run_dry();
+    assert_eq!(bench.ends().len(), 131);
+}
+
+#[test]
+fn an_earlier_turn_that_arrives_later_waits_for_who_runs_and_is_preempted_after_them() {
+    let mut bench = Bench::new(Limits { kv_pages: vec![5], ..limits() });
+    bench.add(Ask { choices: 2, ..ask(30, 90) });
+    bench.step();
+    bench.step();
+    assert_eq!(bench.scheduler.running(), 2);
+    bench.add(ask(30, 90));
+    assert_eq!(admitted(&bench.step()), [(1, 0)], "a page each, and one for each that runs");
+    while bench.scheduler.totals().preemptions == 0 {
+        bench.step();
+    }
+    let running = bench.scheduler.running.iter().map(|s| (s.request.0, s.choice));
+    assert_eq!(running.collect::<Vec<_>>(), [(0, 0), (1, 0)], "the second choice made room");
+    bench.run_dry();
+    assert_eq!(bench.ends().len(), 3);
+}
+
 #[test]
 fn an_admission_leaves_a_page_for_each_that_runs() {
     let mut bench = Bench::new(Limits { kv_pages: vec![3], ..limits() });
@@ -327,16 +389,16 @@ fn later_choices_share_the_prompt_of_the_first() {
     bench.add(Ask { choices: 3, ..ask(150, 8) });
     bench.add(ask(5, 8));
     assert_eq!(rows(&bench.step()), [(0, 100)]);
-    assert_eq!(rows(&bench.step()), [(0, 50)], "they wait for it, and so do those behind them");
+    assert_eq!(rows(&bench.step()), [(0, 50), (1, 5)], "they wait for it");
     let plan = bench.step();
-    assert_eq!(rows(&plan), [(0, 1), (0, 1), (0, 1), (1, 5)]);
-    let [first, second, third] = [0, 1, 2].map(|i| plan.spans[i].tables[0].clone());
+    assert_eq!(rows(&plan), [(0, 1), (1, 1), (0, 1), (0, 1)]);
+    let [first, second, third] = [0, 2, 3].map(|i| plan.spans[i].tables[0].clone());
     assert_eq!(first[..2], second[..2]);
     assert_eq!(first[..2], third[..2]);
     let copies: Vec<_> = plan.copies.iter().map(|copy| (copy.from, copy.to)).collect();
     assert_eq!(copies, [(first[2], second[2]), (first[2], third[2])]);
-    assert_eq!(plan.spans.iter().map(|span| span.position).collect::<Vec<_>>(), [150, 149, 149, 0]);
-    assert_eq!(bench.cached(), [0, 149, 149, 0]);
+    assert_eq!(plan.spans.iter().map(|span| span.position).collect::<Vec<_>>(), [150, 5, 149, 149]);
+    assert_eq!(bench.cached(), [0, 0, 149, 149]);
 }
 
 #[test]

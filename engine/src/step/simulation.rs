@@ -2,7 +2,7 @@
 //! clients who arrive, share prefixes, want several choices, stop, leave, and fail. After every step all books must
 //! balance; at the end everyone has had exactly what a plain run would have given, in the documented order.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 
@@ -45,15 +45,22 @@ struct Seen {
     placeholders: u64,
     resumed: u64,
     mixed_steps: u64,
+    /// Choices that began before one of an older request, whose turn was later.
+    interleaved: u64,
 }
 
 /// Passes steps on to the scripted backend after checking what every step must keep.
 struct Watched {
     inner: ScriptedBackend,
     limits: Limits,
-    started: BTreeSet<SequenceId>,
+    /// With the number of choices that had arrived by then.
+    started: BTreeMap<SequenceId, usize>,
+    turns: Turns,
     seen: Arc<Mutex<Seen>>,
 }
+
+/// Round and choice of every choice that arrived, by its number: the documented order, told by whoever sent them.
+type Turns = Arc<Mutex<Vec<(u64, u32)>>>;
 
 impl Watched {
     fn watch(&mut self, step: &Step) {
@@ -66,16 +73,28 @@ impl Watched {
         assert!(step.spans.iter().all(|span| (span.slot.0 as usize) < self.limits.running_max));
         let decodes = |span: &Span| span.start.is_none() && span.sample && span.inputs.len() == 1;
         let (decode, prefill): (Vec<_>, Vec<_>) = step.spans.iter().partition(|s| decodes(s));
+        let turns = self.turns.lock().expect("one thread");
+        let turn = |sequence: SequenceId| turns[sequence.0 as usize];
         assert!(step.spans.is_sorted_by_key(|span| !decodes(span)), "decode rows come first");
-        assert!(decode.is_sorted_by_key(|span| span.sequence), "older rows come first");
-        assert!(prefill.is_sorted_by_key(|span| span.sequence), "older prompts come first");
-        for span in step.spans.iter().filter(|span| span.start.is_some()) {
-            let youngest = self.started.last().copied();
-            if self.started.insert(span.sequence) {
-                assert!(youngest.is_none_or(|y| y < span.sequence), "nobody overtakes");
-            } else {
+        assert!(decode.is_sorted_by_key(|span| turn(span.sequence)), "earlier rows come first");
+        let admitted = |span: &&&Span| span.start.is_some();
+        let by_turn = prefill.is_sorted_by_key(|s| (s.start.is_some(), turn(s.sequence)));
+        assert!(by_turn, "prompts under way come first, then who is admitted, both by turn");
+        for span in prefill.iter().filter(admitted) {
+            if self.started.contains_key(&span.sequence) {
                 seen.resumed += 1;
+                continue;
             }
+            for (&other, &arrived) in &self.started {
+                let overtaken = turn(other) > turn(span.sequence);
+                let came_later = span.sequence.0 as usize >= arrived;
+                assert!(!overtaken || came_later, "{other:?} overtook {:?}", span.sequence);
+            }
+            let older = (0..span.sequence.0).map(SequenceId);
+            let waits = |id: &SequenceId| !self.started.contains_key(id);
+            seen.interleaved +=
+                u64::from(older.filter(waits).any(|id| turn(id) > turn(span.sequence)));
+            self.started.insert(span.sequence, turns.len());
         }
         seen.copies += step.copies.len() as u64;
         seen.mixed_steps += u64::from(!decode.is_empty() && !prefill.is_empty());
@@ -148,6 +167,7 @@ struct Tally {
     copies: u64,
     placeholders: u64,
     mixed_steps: u64,
+    interleaved: u64,
     cached_prompts: u64,
     wholly_cached_prompts: u64,
 }
@@ -162,6 +182,7 @@ struct World {
     /// Short prompts and long answers, so that pages run out while decoding.
     talkative: bool,
     vocabulary: u32,
+    order: Turns,
     seen: Arc<Mutex<Seen>>,
     /// Steps that would suffice if everybody ran alone.
     patience: u64,
@@ -194,11 +215,13 @@ impl World {
             script.failing_steps.insert(StepNumber(u64::from(chance.between(1, 40))));
         }
         let seen = Arc::new(Mutex::new(Seen::default()));
+        let order = Turns::default();
         let vocabulary = script.vocabulary;
         let backend = Watched {
             inner: ScriptedBackend::new(&limits.kv_pages, script),
             limits: limits.clone(),
-            started: BTreeSet::new(),
+            started: BTreeMap::new(),
+            turns: Arc::clone(&order),
             seen: Arc::clone(&seen),
         };
         let (step_loop, handle) = StepLoop::new(Box::new(backend), limits, Arc::clone(metrics));
@@ -211,6 +234,7 @@ impl World {
             commands: 0,
             clients: Vec::new(),
             vocabulary,
+            order,
             seen,
             patience: 16,
             turns: 0,
@@ -306,6 +330,9 @@ impl World {
 
     fn seat(&mut self, request: Request, stream: RequestStream) {
         self.commands += 1;
+        let number = self.clients.len() as u64;
+        let turns = (0..request.choices).map(|choice| (number + u64::from(choice), choice));
+        self.order.lock().expect("one thread").extend(turns);
         let tokens = request.prompt.len() as u32 + request.stop.output_tokens_max;
         let alone = u64::from(tokens) + 4 * pages_of(tokens) as u64 + 8;
         self.patience += alone * u64::from(request.choices);
@@ -354,15 +381,24 @@ impl World {
         assert!(self.step_loop.shared.is_empty(), "the door still counts somebody");
         let state = self.handle.state();
         assert_eq!((state.running, state.waiting), (0, 0));
-        let mut last_first_token = 0;
         for client in &self.clients {
             client.check(self.vocabulary, self.step_loop.shared.limits.prefix_reuse);
-            for first in client.choices.iter().filter_map(|choice| choice.first_token_at) {
-                assert!(first >= last_first_token, "first tokens come in order of arrival");
-                last_first_token = first;
+        }
+        self.check_first_tokens();
+        self.count(tally);
+    }
+
+    /// Of two choices the one whose turn is earlier and whose request is no younger begins to speak first.
+    fn check_first_tokens(&self) {
+        let turns = self.order.lock().expect("one thread");
+        let choices = self.clients.iter().flat_map(|client| &client.choices);
+        let spoke = turns.iter().zip(choices.map(|choice| choice.first_token_at));
+        let spoke: Vec<_> = spoke.filter_map(|(turn, at)| Some((turn, at?))).collect();
+        for (index, (older, spoke_at)) in spoke.iter().enumerate() {
+            for (younger, at) in &spoke[index + 1..] {
+                assert!(older > younger || spoke_at <= at, "{younger:?} spoke before {older:?}");
             }
         }
-        self.count(tally);
     }
 
     fn count(&self, tally: &mut Tally) {
@@ -373,6 +409,7 @@ impl World {
         tally.copies += seen.copies;
         tally.placeholders += seen.placeholders;
         tally.mixed_steps += seen.mixed_steps;
+        tally.interleaved += seen.interleaved;
         for client in &self.clients {
             let first = &client.choices[0];
             tally.cached_prompts += u64::from(first.cached_tokens > 0);
@@ -483,8 +520,8 @@ fn ten_thousand_worlds_keep_their_books_and_their_promises() {
     for often in [requests, full_queues, never_fitting, left, stopped, found_stop, failed] {
         assert!(often > SEEDS / 20, "{tally:?}");
     }
-    let Tally { preemptions, resumed, copies, placeholders, mixed_steps, .. } = tally;
-    for often in [preemptions, resumed, copies, placeholders, mixed_steps] {
+    let Tally { preemptions, resumed, copies, placeholders, mixed_steps, interleaved, .. } = tally;
+    for often in [preemptions, resumed, copies, placeholders, mixed_steps, interleaved] {
         assert!(often > SEEDS / 20, "{tally:?}");
     }
     assert!(tally.cached_prompts > SEEDS / 20, "{tally:?}");
