@@ -5,6 +5,7 @@
 mod events;
 mod handle;
 mod live;
+mod pulse;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -15,6 +16,7 @@ pub use events::RequestStream;
 use handle::{Command, Shared, Submission};
 pub use handle::{EngineHandle, EngineLoss, EngineState};
 use live::Live;
+pub use pulse::{Pulse, PulseLimits};
 
 use crate::backend::{Backend, BackendError, Ticket};
 use crate::batch::{Span, Step, StepNumber, StepOutput};

@@ -1,7 +1,6 @@
 //! What probes, Prometheus and people ask. None of it needs an API key, none of it waits for the engine.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -10,30 +9,38 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
 use crate::http::state::App;
+use crate::step::Pulse;
 
-/// An older heartbeat means that the step loop hangs.
-const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(30);
-
-/// The process answers; nothing more is meant.
-pub async fn health() -> Json<Value> {
-    Json(json!({"status": "ok"}))
+/// Whether the process is worth keeping: it answers, and its step loop does not hang. Kubernetes restarts it otherwise.
+pub async fn health(State(app): State<Arc<App>>) -> Response {
+    let pulse = app.served().map(|served| served.engine.pulse());
+    match pulse.filter(|pulse| pulse.is_hung(app.pulse_limits)) {
+        Some(pulse) => refuse(json!({"status": "hung", "reason": standstill(pulse)})),
+        None => Json(json!({"status": "ok"})).into_response(),
+    }
 }
 
 /// Whether new requests should be sent here.
 pub async fn ready(State(app): State<Arc<App>>) -> Response {
-    let refuse = |body: Value| (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response();
     if app.draining() {
         return refuse(json!({"status": "draining"}));
     }
     let Some(served) = app.served() else {
         return refuse(json!({"status": "loading", "progress": app.progress()}));
     };
-    let age = served.engine.heartbeat_age();
-    if age > HEARTBEAT_AGE_MAX {
-        let reason = format!("the step loop has not moved for {} s", age.as_secs());
-        return refuse(json!({"status": "stuck", "reason": reason}));
+    let pulse = served.engine.pulse();
+    if pulse.is_late(app.pulse_limits) {
+        return refuse(json!({"status": "stuck", "reason": standstill(pulse)}));
     }
     Json(json!({"status": "ready"})).into_response()
+}
+
+fn refuse(body: Value) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
+}
+
+fn standstill(pulse: Pulse) -> String {
+    format!("the step loop has not moved for {} s", pulse.age.as_secs())
 }
 
 /// Empty until the model is known.

@@ -16,7 +16,7 @@ use crate::http::auth::ApiKeys;
 use crate::http::errors::ApiError;
 use crate::http::openai::Model;
 use crate::metrics::Metrics;
-use crate::step::EngineHandle;
+use crate::step::{EngineHandle, PulseLimits};
 use crate::tokenizer::Tokenizer;
 
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
@@ -92,6 +92,8 @@ pub struct App {
     pub keys: Option<ApiKeys>,
     /// Time for a request's body to arrive.
     pub body_time_max: Duration,
+    /// When a step has taken too long.
+    pub pulse_limits: PulseLimits,
     created: u64,
     served: OnceLock<Arc<Served>>,
     progress: Mutex<String>,
@@ -106,6 +108,7 @@ impl App {
             name,
             keys,
             body_time_max: BODY_TIME_MAX,
+            pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),
             progress: Mutex::new("starting".to_owned()),

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
 
 use super::events::{EventSender, RequestStream, events};
+use super::pulse::Pulse;
 use crate::kv_cache::{PageHash, page_hashes};
 use crate::metrics::Metrics;
 use crate::request::{Refusal, Request};
@@ -71,6 +72,8 @@ pub(super) struct Shared {
     resting: AtomicBool,
     /// When the loop last came round, in milliseconds after `started`.
     beat_ms: AtomicU64,
+    /// The longest that coming round has taken.
+    longest_ms: AtomicU64,
     /// How long the request that began last had waited, for the hint to those who are refused.
     queue_ms: AtomicU64,
     state: watch::Sender<EngineState>,
@@ -92,6 +95,7 @@ impl Shared {
             drained: Notify::new(),
             resting: AtomicBool::new(true),
             beat_ms: AtomicU64::new(0),
+            longest_ms: AtomicU64::new(0),
             queue_ms: AtomicU64::new(0),
             state: watch::Sender::new(state),
             loss: watch::Sender::new(None),
@@ -99,13 +103,22 @@ impl Shared {
     }
 
     pub fn beat(&self) {
-        self.beat_ms.store(self.started.elapsed().as_millis() as u64, SeqCst);
+        self.come_round();
         self.resting.store(false, SeqCst);
     }
 
     pub fn rest(&self) {
+        self.come_round();
         self.queue_ms.store(0, SeqCst);
         self.resting.store(true, SeqCst);
+    }
+
+    fn come_round(&self) {
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        let took_ms = now_ms - self.beat_ms.swap(now_ms, SeqCst);
+        if !self.resting.load(SeqCst) {
+            self.longest_ms.fetch_max(took_ms, SeqCst);
+        }
     }
 
     pub fn note_queue_time(&self, queued: Duration) {
@@ -220,13 +233,14 @@ impl EngineHandle {
         Err(refusal)
     }
 
-    /// How long ago the loop last came round; zero while it rests.
-    pub fn heartbeat_age(&self) -> Duration {
-        if self.shared.resting.load(SeqCst) {
-            return Duration::ZERO;
+    pub fn pulse(&self) -> Pulse {
+        let Shared { started, resting, beat_ms, longest_ms, .. } = &*self.shared;
+        let since_beat =
+            || started.elapsed().saturating_sub(Duration::from_millis(beat_ms.load(SeqCst)));
+        Pulse {
+            age: if resting.load(SeqCst) { Duration::ZERO } else { since_beat() },
+            longest: Duration::from_millis(longest_ms.load(SeqCst)),
         }
-        let beat = Duration::from_millis(self.shared.beat_ms.load(SeqCst));
-        self.shared.started.elapsed().saturating_sub(beat)
     }
 
     pub fn state(&self) -> EngineState {

@@ -362,14 +362,19 @@ async fn a_panic_of_the_loop_is_reported_and_ends_every_stream() {
 }
 
 #[tokio::test]
-async fn the_heartbeat_ages_only_while_a_step_hangs() {
+async fn the_pulse_ages_only_while_a_step_takes_its_time_which_is_remembered() {
     let script = Script { step_time: Duration::from_millis(150), ..Script::default() };
     let handle = engine(limits(), script);
-    assert_eq!(handle.heartbeat_age(), Duration::ZERO);
+    assert_eq!(handle.pulse(), Pulse { age: Duration::ZERO, longest: Duration::ZERO });
     let stream = handle.submit(request(0..9, 1)).expect("fits");
     tokio::time::sleep(Duration::from_millis(100)).await;
-    let age = handle.heartbeat_age();
+    let age = handle.pulse().age;
     assert!(age > Duration::from_millis(30), "{age:?}");
     events(stream).await;
-    eventually("it rests again", || handle.heartbeat_age() == Duration::ZERO).await;
+    eventually("it rests again", || handle.pulse().age == Duration::ZERO).await;
+    let longest = handle.pulse().longest;
+    assert!(longest >= Duration::from_millis(150), "{longest:?}");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    events(handle.submit(request(0..9, 1)).expect("fits")).await;
+    assert!(handle.pulse().longest < longest + Duration::from_secs(5), "rest is no step");
 }

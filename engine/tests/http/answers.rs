@@ -1,5 +1,8 @@
 //! What a client gets: shapes, equality of streamed and whole answers, and errors that name what is wrong.
 
+use std::time::Duration;
+
+use plimsoll_engine::step::PulseLimits;
 use serde_json::{Value, json};
 
 use crate::world::{
@@ -374,6 +377,47 @@ async fn while_loading_probes_are_answered_and_requests_are_told_to_come_back() 
     assert_eq!(
         post(&world, "/v1/chat/completions", &chat("x", json!({"max_tokens": 1}))).await.status,
         200
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_step_that_hangs_makes_ready_say_no_and_then_health_unless_steps_are_that_long() {
+    let pulse_limits = PulseLimits {
+        late_after: Duration::from_millis(300),
+        hung_after: Duration::from_millis(1000),
+        late_steps: 3,
+        hung_steps: 3,
+        ..PulseLimits::default()
+    };
+    let step_time = Duration::from_millis(2000);
+    let world = world(Options { pulse_limits, step_time, ..Options::default() }).await;
+    let one_step = completion(json!("x"), json!({"max_tokens": 1}));
+    let watched = async || {
+        let mut said = Vec::new();
+        let answer = post(&world, "/v1/completions", &one_step);
+        let mut answer = std::pin::pin!(answer);
+        loop {
+            let pause = tokio::time::sleep(Duration::from_millis(20));
+            tokio::select! {
+                answer = &mut answer => { assert_eq!(answer.status, 200); return said; }
+                () = pause => {}
+            }
+            let ready = get(&world, "/ready").await.json()["status"].clone();
+            let health = get(&world, "/health").await.json()["status"].clone();
+            if said.last() != Some(&(ready.clone(), health.clone())) {
+                said.push((ready, health));
+            }
+        }
+    };
+    let said = watched().await;
+    for both in [("ready", "ok"), ("stuck", "ok"), ("stuck", "hung")] {
+        let both = (json!(both.0), json!(both.1));
+        assert!(said.contains(&both), "{both:?} is not in {said:?}");
+    }
+    assert_eq!(
+        watched().await,
+        [(json!("ready"), json!("ok"))],
+        "it has been seen to take that long"
     );
 }
 

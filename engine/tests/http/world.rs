@@ -21,7 +21,7 @@ use plimsoll_engine::http::connections::ConnectionLimits;
 use plimsoll_engine::http::{App, Served};
 use plimsoll_engine::metrics::Metrics;
 use plimsoll_engine::serve::Server;
-use plimsoll_engine::step::{self, Limits};
+use plimsoll_engine::step::{self, Limits, PulseLimits};
 use plimsoll_engine::tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
@@ -42,6 +42,7 @@ pub struct Options {
     pub template: bool,
     pub failing_steps: BTreeSet<StepNumber>,
     pub body_time_max: Duration,
+    pub pulse_limits: PulseLimits,
 }
 
 impl Default for Options {
@@ -55,6 +56,7 @@ impl Default for Options {
             template: true,
             failing_steps: BTreeSet::new(),
             body_time_max: Duration::from_secs(30),
+            pulse_limits: PulseLimits::default(),
         }
     }
 }
@@ -79,6 +81,7 @@ pub async fn loading_world(options: &Options) -> World {
     let keys = options.keys.as_deref().map(|path| ApiKeys::open(path).unwrap());
     let mut app = App::new(MODEL.into(), keys);
     app.body_time_max = options.body_time_max;
+    app.pulse_limits = options.pulse_limits;
     let app = Arc::new(app);
     let server = Server::start(listener, app.clone(), options.connections);
     World { address, app, server }
