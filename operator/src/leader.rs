@@ -10,8 +10,6 @@ use kube::Api;
 use kube::api::PostParams;
 use tokio::time::{sleep, timeout};
 
-/// The Lease every operator of one installation asks for.
-pub const LEASE_NAME: &str = "plimsoll-operator";
 /// A holder that was silent for this long has lost it.
 const LEASE_SECONDS: i32 = 15;
 /// A holder that could not renew for this long stops before others may start.
@@ -22,19 +20,24 @@ const RETRY_EVERY: Duration = Duration::from_secs(2);
 /// The Lease in our hands.
 pub struct Leader {
     api: Api<Lease>,
+    name: String,
     identity: String,
     /// As the API server answered last; its resource version makes every write conditional.
     lease: Lease,
 }
 
-/// Waits until the Lease is ours.
-pub async fn acquire(api: Api<Lease>, identity: &str) -> Leader {
+/// Waits until the Lease is ours. Every operator of one installation asks for the same `name`.
+pub async fn acquire(api: Api<Lease>, name: &str, identity: &str) -> Leader {
     let mut watched = Watched::default();
+    let mut told = false;
     loop {
-        match try_acquire(&api, identity, &mut watched).await {
+        match try_acquire(&api, name, identity, &mut watched).await {
             Ok(Some(lease)) => {
-                tracing::info!(identity, "leading");
-                return Leader { api, identity: identity.to_owned(), lease };
+                tracing::info!(identity, lease = name, "leading");
+                return Leader { api, name: name.to_owned(), identity: identity.to_owned(), lease };
+            }
+            Ok(None) if !std::mem::replace(&mut told, true) => {
+                tracing::info!(identity, lease = name, "waiting: another operator holds the Lease");
             }
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "cannot ask for the Lease"),
@@ -68,12 +71,12 @@ impl Leader {
     async fn renew(&mut self) -> Result<bool, kube::Error> {
         for _ in 0..2 {
             let wanted = held(self.lease.clone(), &self.identity, false);
-            match self.api.replace(LEASE_NAME, &PostParams::default(), &wanted).await {
+            match self.api.replace(&self.name, &PostParams::default(), &wanted).await {
                 Ok(lease) => {
                     self.lease = lease;
                     return Ok(true);
                 }
-                Err(error) if is_conflict(&error) => self.lease = self.api.get(LEASE_NAME).await?,
+                Err(error) if is_conflict(&error) => self.lease = self.api.get(&self.name).await?,
                 Err(error) => return Err(error),
             }
             if holder(&self.lease) != Some(self.identity.as_str()) {
@@ -90,7 +93,7 @@ impl Leader {
             spec.holder_identity = None;
             spec.lease_duration_seconds = Some(1);
         }
-        match self.api.replace(LEASE_NAME, &PostParams::default(), &free).await {
+        match self.api.replace(&self.name, &PostParams::default(), &free).await {
             Ok(_) => tracing::info!("released the Lease"),
             Err(error) => tracing::warn!(%error, "cannot release the Lease"),
         }
@@ -106,11 +109,12 @@ struct Watched {
 
 async fn try_acquire(
     api: &Api<Lease>,
+    name: &str,
     identity: &str,
     watched: &mut Watched,
 ) -> Result<Option<Lease>, kube::Error> {
-    let Some(lease) = api.get_opt(LEASE_NAME).await? else {
-        let metadata = ObjectMeta { name: Some(LEASE_NAME.to_owned()), ..Default::default() };
+    let Some(lease) = api.get_opt(name).await? else {
+        let metadata = ObjectMeta { name: Some(name.to_owned()), ..Default::default() };
         let wanted = held(Lease { metadata, spec: None }, identity, true);
         return won(api.create(&PostParams::default(), &wanted).await);
     };
@@ -123,7 +127,7 @@ async fn try_acquire(
         return Ok(None);
     }
     let wanted = held(lease, identity, true);
-    won(api.replace(LEASE_NAME, &PostParams::default(), &wanted).await)
+    won(api.replace(name, &PostParams::default(), &wanted).await)
 }
 
 /// A Lease is free when nobody holds it, when we already do, or when its holder was silent for its whole duration.

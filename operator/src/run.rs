@@ -63,6 +63,9 @@ pub struct RunArgs {
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
     #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pub lease_namespace: Option<String>,
+    /// The Lease that elects one operator; the operators of one installation share it, and no others
+    #[arg(long, value_name = "NAME", default_value = "plimsoll-operator")]
+    pub lease_name: String,
     /// Who holds the Lease [default: host name and process number]
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pub identity: Option<String>,
@@ -121,7 +124,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
     let leases = Api::namespaced(client.clone(), &home);
     let mut stopped = stop.clone();
     let mut leader = tokio::select! {
-        leader = leader::acquire(leases, &identity) => leader,
+        leader = leader::acquire(leases, &options.lease_name, &identity) => leader,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
     let (caches, triggers) = observe::start(&client, options.namespace.as_deref());

@@ -96,6 +96,21 @@ fn the_crd_outlives_the_chart_unless_told_otherwise() {
 }
 
 #[test]
+fn every_release_has_a_lease_of_its_own() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let chart = root().join("charts/plimsoll").display().to_string();
+    for release in ["plimsoll", "another"] {
+        let rendered = helm(&tools, &["template", release, &chart, "--namespace", NAMESPACE]);
+        let objects = objects(&rendered.unwrap());
+        let deployment = named(&objects, "Deployment", release).unwrap();
+        let arguments = &deployment["spec"]["template"]["spec"]["containers"][0]["args"];
+        let wanted = serde_json::json!(format!("--lease-name={release}"));
+        assert!(arguments.as_array().unwrap().contains(&wanted), "{arguments}");
+    }
+}
+
+#[test]
 fn values_that_do_not_exist_are_refused() {
     let Some(_server) = shared_api_server() else { return };
     let tools = Tools::find().unwrap();

@@ -463,6 +463,27 @@ async fn one_operator_leads_and_the_next_takes_over_when_it_ends() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn operators_of_two_installations_in_one_namespace_ask_for_leases_of_their_own() {
+    let Some(world) = World::new("two-leases").await else { return };
+    let holder = |lease: &Lease| {
+        lease.spec.as_ref()?.holder_identity.clone().filter(|holder| !holder.is_empty())
+    };
+    let _first = world.operator(&[]);
+    let first = world.eventually("plimsoll-operator", "a leader", holder).await;
+    let _second = world.operator(&["--lease-name", "another"]);
+    let second = world.eventually("another", "a leader of its own", holder).await;
+    assert_ne!(first, second);
+    let waiting = world.operator(&["--lease-name", "another"]);
+    for _ in 0..200 {
+        if waiting.log().contains("waiting: another operator holds the Lease") {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("who waits does not say so: {}", waiting.log());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_deleted_object_is_left_to_the_garbage_collector_and_every_child_names_its_owner() {
     let Some(world) = World::new("deletion").await else { return };
     let _operator = world.operator(&[]);
