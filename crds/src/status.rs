@@ -164,7 +164,7 @@ pub struct MemoryStatus {
     #[schemars(range(min = 0))]
     pub total: i64,
 
-    /// What there is: the largest node, or spec.resources.memory.
+    /// What one pod may use: what other pods leave of the largest node, or spec.resources.memory.
     #[schemars(range(min = 0))]
     pub capacity: i64,
 }

@@ -55,6 +55,8 @@ pub enum ApplyError {
     /// The API server does not accept what we rendered, for instance because of the pod template overlay.
     #[error("the API server refuses {kind} {name}: {message}")]
     Refused { kind: String, name: String, message: String },
+    #[error("failed to read what other pods ask of the nodes")]
+    Neighbours { source: kube::Error },
     #[error("failed to write {kind} {name}")]
     Api { kind: String, name: String, source: kube::Error },
 }

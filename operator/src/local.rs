@@ -61,6 +61,9 @@ pub fn machine() -> anyhow::Result<NodeResources> {
     Ok(NodeResources {
         name: "this machine".to_owned(),
         memory_bytes: cgroup_limit().unwrap_or(u64::MAX).min(available),
+        // What others use is not available.
+        asked_bytes: 0,
+        pods_seen: plan::PodsSeen::All,
         cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
     })
 }

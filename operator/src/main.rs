@@ -14,6 +14,7 @@ mod leader;
 mod local;
 mod manifest;
 mod metrics;
+mod neighbours;
 mod observe;
 mod plan;
 mod pods;

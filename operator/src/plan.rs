@@ -15,12 +15,14 @@ use crate::spec::Spec;
 mod candidates;
 pub mod explain;
 mod memory;
+mod neighbours;
 mod nodes;
 mod rank;
 #[cfg(test)]
 mod tests;
 
-pub use nodes::{NodeResources, nodes};
+pub use neighbours::{Neighbours, memory_asked};
+pub use nodes::{NodeResources, PodsSeen, nodes};
 
 /// Requests that run at once where the spec names no concurrency.
 pub const CONCURRENCY_DEFAULT: u32 = 32;

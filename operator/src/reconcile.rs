@@ -24,16 +24,21 @@ use crate::observe::{Caches, Seen};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
-use crate::{events, fields, plan, pods};
+use crate::{events, fields, neighbours, plan, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// A child of a deleted object of the same name is soon gone.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
+/// No watch tells when other pods leave a node.
+const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
+
 /// What every reconcile shares.
 pub struct Context {
     pub client: Client,
+    /// The only one that is watched, or the whole cluster.
+    pub namespace: Option<String>,
     pub caches: Arc<Caches>,
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
@@ -176,9 +181,13 @@ async fn decide(
     let settings = &context.settings;
     let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
     let Some(facts) = learn(&wanted, note, context, pass).await? else { return Ok(None) };
-    let nodes = plan::nodes(&seen.nodes);
+    let neighbours = neighbours::read(&context.client, context.namespace.as_deref(), identity)
+        .await
+        .map_err(|source| ApplyError::Neighbours { source })?;
+    let nodes = plan::nodes(&seen.nodes, &neighbours);
     let outcome = plan::plan(spec, &facts, &nodes);
     let Some(chosen) = &outcome.chosen else {
+        pass.again = (!neighbours.asked.is_empty()).then_some(NEIGHBOURS_AGAIN);
         pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
         pass.facts = Some(facts);
         return Ok(None);
@@ -344,7 +353,7 @@ impl Pass {
                 self.trouble = Some(Said::no(Reason::CreatingPods, message));
                 self.again = Some(LEAVING_AGAIN);
             }
-            error @ ApplyError::Api { .. } => return Err(error),
+            error @ (ApplyError::Neighbours { .. } | ApplyError::Api { .. }) => return Err(error),
         }
         Ok(())
     }

@@ -134,6 +134,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         client,
+        namespace: options.namespace,
         caches,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),

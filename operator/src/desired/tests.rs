@@ -39,8 +39,13 @@ fn spec(fields: Value) -> Spec {
 }
 
 fn template(spec: &Spec, place: &Place) -> Value {
-    let node =
-        plan::NodeResources { name: "node".to_owned(), memory_bytes: 16 << 30, cpu_millis: 8000 };
+    let node = plan::NodeResources {
+        name: "node".to_owned(),
+        memory_bytes: 16 << 30,
+        asked_bytes: 0,
+        pods_seen: plan::PodsSeen::All,
+        cpu_millis: 8000,
+    };
     let facts = facts();
     let plan = plan::plan(spec, &facts, &[node]).chosen.unwrap();
     let settings = settings();

@@ -1,5 +1,6 @@
 //! Every way to run the model on the machines there are, feasible or not: what the engine can run × machine class. Pure.
 
+use std::cmp::Reverse;
 use std::fmt;
 
 use plimsoll_contract::abilities::{ABILITIES, Ability, Backend};
@@ -16,10 +17,7 @@ const CPU_MILLIS_MIN: u32 = 100;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Machine {
     pub class: String,
-    /// The best node itself.
-    pub name: String,
-    pub memory_bytes: u64,
-    pub cpu_millis: u32,
+    pub best: NodeResources,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +27,7 @@ pub struct Candidate {
     pub ability: Ability,
     pub machine: Machine,
     pub tensor_parallel: u32,
-    /// Bytes that one pod may use: the node's, or what the spec allows of it.
+    /// Bytes that one pod may use: what others leave of the node, or what the spec allows of that.
     pub capacity: u64,
 }
 
@@ -42,7 +40,7 @@ impl fmt::Display for Candidate {
 
 pub fn candidates(spec: &Spec, nodes: &[NodeResources]) -> Vec<Candidate> {
     let Some(cpu) = cpu_machine(spec, nodes) else { return Vec::new() };
-    let capacity = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(cpu.memory_bytes);
+    let capacity = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(cpu.best.free_bytes());
     let runs_here = |ability: &Ability| match ability.backend {
         Backend::Cpu => true,
     };
@@ -64,32 +62,19 @@ pub fn candidates(spec: &Spec, nodes: &[NodeResources]) -> Vec<Candidate> {
 pub fn cpu_request(spec: &Spec, machine: &Machine) -> u32 {
     spec.budget
         .cpu_millis
-        .unwrap_or_else(|| (machine.cpu_millis / CPU_SHARE_DEFAULT).max(CPU_MILLIS_MIN))
+        .unwrap_or_else(|| (machine.best.cpu_millis / CPU_SHARE_DEFAULT).max(CPU_MILLIS_MIN))
 }
 
-/// The node with the most memory among those with enough CPU; with too little CPU everywhere, the one with the most, so
+/// The node with the most memory left among those with enough CPU; with too little CPU everywhere, the one with the most, so
 /// that the refusal can say how much there is.
 fn cpu_machine(spec: &Spec, nodes: &[NodeResources]) -> Option<Machine> {
     let wanted = spec.budget.cpu_millis.unwrap_or(0);
     let enough = nodes.iter().filter(|node| node.cpu_millis >= wanted);
     // Equal nodes are told apart by name, so that their order does not matter.
     let best = enough
-        .max_by(|a, b| {
-            (a.memory_bytes, a.cpu_millis, &b.name).cmp(&(b.memory_bytes, b.cpu_millis, &a.name))
-        })
+        .max_by_key(|node| (node.free_bytes(), node.cpu_millis, Reverse(&node.name)))
         .or_else(|| {
-            nodes.iter().max_by(|a, b| {
-                (a.cpu_millis, a.memory_bytes, &b.name).cmp(&(
-                    b.cpu_millis,
-                    b.memory_bytes,
-                    &a.name,
-                ))
-            })
+            nodes.iter().max_by_key(|n| (n.cpu_millis, n.free_bytes(), Reverse(&n.name)))
         })?;
-    Some(Machine {
-        class: "cpu".to_owned(),
-        name: best.name.clone(),
-        memory_bytes: best.memory_bytes,
-        cpu_millis: best.cpu_millis,
-    })
+    Some(Machine { class: "cpu".to_owned(), best: best.clone() })
 }

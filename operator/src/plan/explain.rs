@@ -5,6 +5,7 @@ use plimsoll_contract::memory::MemoryPlan;
 
 use super::candidates::Candidate;
 use super::memory::Fitted;
+use super::{NodeResources, PodsSeen};
 use crate::spec::Spec;
 
 /// As status and tables write a type.
@@ -49,12 +50,14 @@ fn cpus(millis: u32) -> String {
     }
 }
 
-pub fn does_not_fit(least: &MemoryPlan, capacity: u64) -> String {
+pub fn does_not_fit(spec: &Spec, candidate: &Candidate, least: &MemoryPlan) -> String {
     let MemoryPlan { weights, workspace, process, kv, kv_tokens } = *least;
+    let capacity = candidate.capacity;
     format!(
-        "needs {} of {}: weights {} + KV {} for {} tokens + workspace {} + process {}; short by {}",
+        "needs {} of {} {}: weights {} + KV {} for {} tokens + workspace {} + process {}; short by {}",
         bytes(least.total()),
         bytes(capacity),
+        of_what(spec, candidate),
         bytes(weights),
         bytes(kv),
         count(kv_tokens),
@@ -109,11 +112,7 @@ pub fn chosen(spec: &Spec, candidate: &Candidate, fitted: &Fitted) -> String {
     } else {
         format!(", short of the {} that the workload asks for", count(fitted.demanded_tokens))
     };
-    let of_what = if spec.budget.memory_bytes == Some(candidate.capacity) {
-        "(spec.resources.memory)".to_owned()
-    } else {
-        format!("on {}", candidate.machine.name)
-    };
+    let of_what = of_what(spec, candidate);
     format!(
         "{} is {exactness}; {} of {} {of_what}, with {} tokens of KV cache{load}",
         dtype(candidate.ability.weights),
@@ -121,6 +120,25 @@ pub fn chosen(spec: &Spec, candidate: &Candidate, fitted: &Fitted) -> String {
         bytes(candidate.capacity),
         count(kv_tokens),
     )
+}
+
+/// Where the bytes are that a pod may use, and why not more of them.
+fn of_what(spec: &Spec, candidate: &Candidate) -> String {
+    if spec.budget.memory_bytes == Some(candidate.capacity) {
+        return "(spec.resources.memory)".to_owned();
+    }
+    let NodeResources { name, memory_bytes, asked_bytes, pods_seen, cpu_millis: _ } =
+        &candidate.machine.best;
+    let whole = bytes(*memory_bytes);
+    let asked = bytes(*asked_bytes);
+    match (asked_bytes, pods_seen) {
+        (0, PodsSeen::All) => format!("on {name}"),
+        (0, PodsSeen::OneNamespace) => format!("on {name} (pods of other namespaces are not seen)"),
+        (_, PodsSeen::All) => format!("on {name} ({whole} less {asked} for other pods)"),
+        (_, PodsSeen::OneNamespace) => format!(
+            "on {name} ({whole} less {asked} for other pods of this namespace; those of others are not seen)"
+        ),
+    }
 }
 
 /// Why a plan that fits was not taken.

@@ -38,7 +38,7 @@ pub fn fit(
     candidate: &Candidate,
 ) -> Result<Fitted, (Reason, String)> {
     refuse_what_memory_cannot_mend(spec, facts, candidate)?;
-    let Candidate { ability, capacity, .. } = *candidate;
+    let Candidate { ability, capacity, ref machine, .. } = *candidate;
     let limits = StepLimits {
         step_tokens_max: STEP_TOKENS_MAX,
         running_max: spec.workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT),
@@ -50,10 +50,12 @@ pub fn fit(
 
     let least = memory::plan(facts, ability, limits, need.least);
     if least.total() > capacity {
-        return Err((Reason::DoesNotFit, explain::does_not_fit(&least, capacity)));
+        return Err((Reason::DoesNotFit, explain::does_not_fit(spec, candidate, &least)));
     }
-    // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without.
-    let polite = if spec.budget.memory_bytes.is_some() { capacity } else { capacity / 2 };
+    // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without. Those who
+    // are there already count as such others.
+    let half = capacity.min(machine.best.memory_bytes / 2);
+    let polite = if spec.budget.memory_bytes.is_some() { capacity } else { half };
     let tokens = need.wanted.min(room(polite)).max(need.least);
     let memory = memory::plan(facts, ability, limits, tokens);
     let context = need.context_wanted.min(memory.kv_tokens);
@@ -91,8 +93,9 @@ fn refuse_what_memory_cannot_mend(
         return Err((Reason::InvalidSpec, explain::other_cache_dtype(wanted)));
     }
     let wanted_cpu = spec.budget.cpu_millis.unwrap_or(0);
-    if wanted_cpu > candidate.machine.cpu_millis {
-        let why = explain::too_little_cpu(wanted_cpu, candidate.machine.cpu_millis);
+    let cpu_millis = candidate.machine.best.cpu_millis;
+    if wanted_cpu > cpu_millis {
+        let why = explain::too_little_cpu(wanted_cpu, cpu_millis);
         return Err((Reason::DoesNotFit, why));
     }
     Ok(())

@@ -53,7 +53,13 @@ fn facts() -> ModelFacts {
 }
 
 fn node(memory_bytes: u64) -> NodeResources {
-    NodeResources { name: "n".to_owned(), memory_bytes, cpu_millis: 8000 }
+    NodeResources {
+        name: "n".to_owned(),
+        memory_bytes,
+        asked_bytes: 0,
+        pods_seen: PodsSeen::All,
+        cpu_millis: 8000,
+    }
 }
 
 #[test]
@@ -71,6 +77,34 @@ fn a_roomy_node_runs_the_most_exact_type_and_leaves_half_of_itself() {
 }
 
 #[test]
+fn what_other_pods_ask_for_is_not_planned_with_and_stands_in_the_arithmetic() {
+    let beside = |gib: u64| NodeResources { asked_bytes: gib * GIB, ..node(64 * GIB) };
+    let planned = |nodes: &[NodeResources]| plan(&spec(json!({})), &facts(), nodes);
+    let alone = planned(&[beside(0)]).chosen.unwrap();
+    let with_room = planned(&[beside(20)]).chosen.unwrap();
+    assert_eq!(with_room.memory, alone.memory, "half of the node is still there");
+    assert_eq!(with_room.capacity, 44 * GIB);
+    assert!(with_room.why.contains("44.0 GiB on n (64.0 GiB less 20.0 GiB for other pods)"));
+    let tight = planned(&[beside(60)]);
+    assert_eq!(tight.chosen.as_ref().map(|chosen| chosen.dtype), Some(Dtype::F16));
+    let why = &tight.rejected[0].why;
+    let sum = "of 4.0 GiB on n (64.0 GiB less 60.0 GiB for other pods): weights 4.6 GiB";
+    assert!(why.contains(sum), "{why}");
+    let seen_in_part = NodeResources { pods_seen: PodsSeen::OneNamespace, ..beside(60) };
+    let why = planned(&[seen_in_part]).chosen.unwrap().why;
+    assert!(why.contains("those of others are not seen"), "{why}");
+
+    // Less memory of which more is left is better, and a node that is more than full is full.
+    let small = NodeResources { name: "small".to_owned(), ..node(16 * GIB) };
+    assert!(planned(&[beside(60), small]).chosen.unwrap().why.contains("on small"));
+    assert_eq!(planned(&[beside(65)]).refusal().unwrap().0, Reason::DoesNotFit);
+    // A budget is kept to where it is left, and no more than is left counts.
+    let budget = spec(json!({"resources": {"memory": "8Gi"}}));
+    assert_eq!(plan(&budget, &facts(), &[beside(20)]).chosen.unwrap().capacity, 8 * GIB);
+    assert_eq!(plan(&budget, &facts(), &[beside(60)]).chosen.unwrap().capacity, 4 * GIB);
+}
+
+#[test]
 fn where_the_exact_type_does_not_fit_the_half_sized_one_is_taken_with_the_sum() {
     let outcome = plan(&spec(json!({})), &facts(), &[node(4 * GIB)]);
     let chosen = outcome.chosen.unwrap();
@@ -79,7 +113,7 @@ fn where_the_exact_type_does_not_fit_the_half_sized_one_is_taken_with_the_sum() 
     let [rejected] = &outcome.rejected[..] else { panic!("{:?}", outcome.rejected) };
     assert_eq!(rejected.candidate, "None · F32 · TP 1 · cpu");
     assert!(
-        rejected.why.starts_with("needs 4.9 GiB of 4.0 GiB: weights 4.6 GiB"),
+        rejected.why.starts_with("needs 4.9 GiB of 4.0 GiB on n: weights 4.6 GiB"),
         "{}",
         rejected.why
     );

@@ -310,6 +310,28 @@ async fn what_a_person_must_mend_stalls_with_the_engines_reason() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_plan_counts_what_pods_of_others_ask_for_and_not_its_own() {
+    let Some(world) = World::new("neighbours").await else { return };
+    let _operator = world.operator(&[]);
+    let asks = json!({"name": "c", "image": "i", "resources": {"requests": {"memory": "14Gi"}}});
+    let spec = json!({"nodeName": "node-0", "containers": [asks]});
+    world.create::<Pod>(json!({"metadata": {"name": "neighbour"}, "spec": spec})).await;
+    world.bring_up("assistant", json!({})).await;
+    let planned_for = |context: i64, capacity: i64| {
+        world.status("assistant", "the plan", move |status| {
+            let plan = status.plan.as_ref()?;
+            let is_it = plan.context_tokens == context && plan.memory_bytes.capacity == capacity;
+            is_it.then(|| plan.why.clone())
+        })
+    };
+    let why = planned_for(2048, 2 << 30).await;
+    assert!(why.contains("16.0 GiB less 14.0 GiB for other pods of this namespace"), "{why}");
+    // Its own pod runs by now and asks for memory, which the next revision will have instead.
+    world.merge::<LLMDeployment>("assistant", json!({"spec": {"contextTokens": 1024}})).await;
+    planned_for(1024, 2 << 30).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_plan_that_does_not_fit_a_bad_overlay_and_a_forbidden_source_stall() {
     let Some(world) = World::new("stalls").await else { return };
     let _operator = world.operator(&[]);
