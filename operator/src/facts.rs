@@ -69,6 +69,16 @@ pub fn look(seen: &SeenModel, downloads: bool) -> Model {
     Model::Looking { message: progress(&seen.job_pods) }
 }
 
+/// Whether a Job is of no more use. `outgrown`: its maker would make another now. `due`: it failed long enough ago.
+pub fn is_spent(model: &Model, outgrown: bool, due: bool) -> bool {
+    match model {
+        Model::Unseen => false,
+        Model::Looking { .. } => outgrown,
+        Model::Failed { retry, .. } => outgrown || (*retry && due),
+        Model::Told(_) | Model::Known(_) => true,
+    }
+}
+
 /// A failure without a report of the engine: the image did not start, the node went away.
 fn failed(message: String) -> Model {
     Model::Failed { report: ExitReport { reason: ExitReason::Internal, message }, retry: true }

@@ -38,6 +38,7 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
     let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
     let downloads = matches!(wanted.place, Place::Download { .. });
     let model = facts::look(&seen, downloads);
+    let outgrown = seen.job.as_ref().is_some_and(|job| wanted.outgrew(job));
     match &model {
         Model::Unseen => {
             if downloads {
@@ -45,13 +46,7 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
             }
             share(writer, wanted, wanted.job()).await?;
         }
-        Model::Looking { .. } | Model::Failed { .. }
-            if seen.job.as_ref().is_some_and(|job| wanted.outgrew(job)) =>
-        {
-            let job = seen.job.as_ref().expect("matched just now");
-            writer.delete(job.as_ref()).await?;
-        }
-        Model::Looking { .. } => {
+        Model::Looking { .. } if !outgrown => {
             join_present::<PersistentVolumeClaim>(
                 writer,
                 wanted.identity,
@@ -70,15 +65,12 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
             share(writer, wanted, kept).await?;
         }
         // Whoever keeps using the model takes a share at the end of the pass.
-        Model::Known(_) => {}
-        Model::Failed { retry, .. } => {
-            if let Some(job) = seen.job.as_ref().filter(|job| *retry && retry_in(job).is_zero()) {
-                writer.delete(job.as_ref()).await?;
-            }
-        }
+        Model::Looking { .. } | Model::Known(_) | Model::Failed { .. } => {}
     }
-    // The Job has done its work once the facts are stored.
-    if let (Model::Told(_) | Model::Known(_), Some(job)) = (&model, &seen.job) {
+    // Last, since facts that the Job has told are stored by now.
+    if let Some(job) = &seen.job
+        && facts::is_spent(&model, outgrown, retry_in(job).is_zero())
+    {
         writer.delete(job.as_ref()).await?;
     }
     Ok(model)

@@ -8,8 +8,8 @@ use plimsoll_crds::{
     CacheStatus, MemoryStatus, PlanStatus, REJECTED_MAX, Reason, RejectedStatus, bounded,
 };
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
+use crate::fields::digest;
 use crate::spec::Spec;
 
 mod candidates;
@@ -34,7 +34,7 @@ pub const STEP_TOKENS_MAX: u32 = 512;
 /// How one pod runs the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// First eight digits of the SHA-256 of the plan's values; never of the sentences.
+    /// Eight digits of the digest of the plan's values; never of the sentences.
     pub hash: String,
     pub quantization: &'static str,
     /// Type that weights are kept and computed in.
@@ -191,9 +191,7 @@ fn hash(plan: &Plan) -> String {
         cpu_millis,
         memory,
     );
-    let text = serde_json::to_vec(&values).expect("a plan is plain data");
-    let digest = Sha256::digest(&text);
-    digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect()
+    digest(&serde_json::to_value(values).expect("a plan is plain data"), 8)
 }
 
 /// The engine's flags for a plan: all but where the model lies, where to listen and where keys are.

@@ -30,6 +30,13 @@ pub struct Engines {
     pub trouble: Option<(Reason, String)>,
 }
 
+impl Engines {
+    /// Everything that runs is of the revision that counts, and as much of it answers as was asked for.
+    pub fn settled(&self, replicas: u32) -> bool {
+        self.older == 0 && self.ready >= replicas as usize
+    }
+}
+
 pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>) -> Engines {
     let mut seen = Engines::default();
     for pod in pods.iter().filter(|pod| stays(pod)) {

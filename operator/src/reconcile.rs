@@ -127,8 +127,7 @@ async fn forward(
         let replicas = if spec.suspend { 0 } else { spec.replicas };
         stand(standing, replicas, identity, context).await?;
         if pass.revision_is_current {
-            let engines = pods::engines(&seen.pods, Some(&standing.hash));
-            let settled = engines.older == 0 && engines.ready >= replicas as usize;
+            let settled = pods::engines(&seen.pods, Some(&standing.hash)).settled(replicas);
             tidy(standing, &revisions, settled, identity, context).await?;
         }
     }

@@ -91,3 +91,25 @@ fn a_job_without_a_node_repeats_the_scheduler() {
     let Model::Looking { message } = look(&seen(job(None), vec![pod]), false) else { panic!() };
     assert!(message.contains("persistentvolumeclaim \"models\" not found"), "{message}");
 }
+
+#[test]
+fn a_job_goes_when_it_has_told_the_facts_was_outgrown_or_failed_and_is_due_again() {
+    let looking = || look(&seen(job(None), vec![]), false);
+    let told = || look(&seen(job(Some("Complete")), ended(&facts_json().to_string())), false);
+    let failed = |reason: &str| {
+        let report = json!({"reason": reason, "message": "m"}).to_string();
+        look(&seen(job(Some("Failed")), ended(&report)), false)
+    };
+    for (model, outgrown, due, spent) in [
+        (Model::Unseen, false, true, false),
+        (looking(), false, true, false),
+        (looking(), true, false, true),
+        (told(), false, false, true),
+        (failed("Internal"), false, false, false),
+        (failed("Internal"), false, true, true),
+        (failed("ModelNotFound"), false, true, false),
+        (failed("ModelNotFound"), true, false, true),
+    ] {
+        assert_eq!(is_spent(&model, outgrown, due), spent, "{model:?} {outgrown} {due}");
+    }
+}
