@@ -23,13 +23,15 @@
 mod commit;
 mod limits;
 mod plan;
+mod request_map;
 mod sequence;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 pub use limits::{Ask, Limits};
 use plimsoll_contract::abilities::PAGE_TOKENS;
+pub use request_map::RequestMap;
 use sequence::{Sequence, Turn};
 
 use crate::batch::{PageCopy, PageId, SequenceId, Slot, StepNumber};
@@ -142,7 +144,7 @@ struct SpanInFlight {
 pub struct Scheduler {
     limits: Limits,
     kv: KvCache,
-    requests: HashMap<RequestId, RequestState>,
+    requests: RequestMap<RequestState>,
     /// Not running: preempted ones and those that never ran.
     waiting: BTreeMap<Turn, Sequence>,
     /// By turn; they hold a slot and pages.
@@ -165,7 +167,7 @@ impl Scheduler {
         limits.check();
         Scheduler {
             kv: KvCache::new(&limits.kv_pages),
-            requests: HashMap::new(),
+            requests: RequestMap::default(),
             waiting: BTreeMap::new(),
             running: Vec::with_capacity(limits.running_max),
             leaving: Vec::new(),
@@ -309,6 +311,12 @@ impl Scheduler {
 
     fn running_index(&self, turn: Turn) -> Option<usize> {
         self.running.binary_search_by_key(&turn, |sequence| sequence.turn).ok()
+    }
+
+    /// The same, looking at `near` first: a step lists sequences much as they run.
+    fn running_index_near(&self, near: usize, turn: Turn) -> Option<usize> {
+        let is_there = self.running.get(near).is_some_and(|sequence| sequence.turn == turn);
+        if is_there { Some(near) } else { self.running_index(turn) }
     }
 }
 

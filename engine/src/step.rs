@@ -7,7 +7,7 @@ mod handle;
 mod live;
 mod pulse;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Instant;
@@ -20,10 +20,10 @@ pub use pulse::{Pulse, PulseLimits};
 
 use crate::backend::{Backend, BackendError, Ticket};
 use crate::batch::{Span, Step, StepNumber, StepOutput};
-use crate::metrics::{Load, Metrics};
+use crate::metrics::{Load, Metrics, TokenTally};
 pub use crate::scheduler::Limits;
 use crate::scheduler::{
-    Ask, NewRequest, Notice, Outcome, RequestId, Scheduler, SpanPlan, StepPlan, Totals,
+    Ask, NewRequest, Notice, Outcome, RequestId, RequestMap, Scheduler, SpanPlan, StepPlan, Totals,
 };
 
 /// Starts the thread. It ends when every handle and stream is gone, or with the device.
@@ -52,12 +52,13 @@ struct StepInFlight {
 struct StepLoop {
     backend: Box<dyn Backend>,
     scheduler: Scheduler,
-    requests: HashMap<RequestId, Live>,
+    requests: RequestMap<Live>,
     in_flight: VecDeque<StepInFlight>,
     commands: Receiver<Command>,
     /// Empty between uses; kept for its memory, as is `outcomes`.
     notices: Vec<Notice>,
     outcomes: Vec<Outcome>,
+    tally: TokenTally,
     /// As last told to the metrics.
     totals: Totals,
     /// Waiting requests among those that this loop has taken from its channel.
@@ -79,11 +80,12 @@ impl StepLoop {
         let step_loop = StepLoop {
             backend,
             scheduler,
-            requests: HashMap::new(),
+            requests: RequestMap::default(),
             in_flight: VecDeque::new(),
             commands,
             notices: Vec::new(),
             outcomes: Vec::new(),
+            tally: shared.metrics.token_tally(),
             totals: Totals::default(),
             waiting_counted: 0,
             shared: Arc::clone(&shared),
@@ -220,6 +222,7 @@ impl StepLoop {
     fn deliver(&mut self, mut output: Option<StepOutput>) {
         let now = Instant::now();
         let mut gone = Vec::new();
+        let mut ended = Vec::new();
         for notice in self.notices.drain(..) {
             let request = match notice {
                 Notice::Prompt { request, .. }
@@ -227,13 +230,17 @@ impl StepLoop {
                 | Notice::Ended { request, .. } => request,
             };
             let live = self.requests.get_mut(&request).expect("it lives until its last notice");
-            if !live.tell(notice, output.as_mut(), now, &self.shared.metrics) {
+            if !live.tell(notice, output.as_mut(), now, &self.tally, &self.shared.metrics) {
                 gone.push(request);
             }
             if live.has_ended() {
-                self.requests.remove(&request);
-                self.shared.leave();
+                ended.push(request);
             }
+        }
+        self.tally.flush();
+        for request in ended {
+            self.requests.remove(&request);
+            self.shared.leave();
         }
         for request in gone {
             self.scheduler.cancel(request, &mut self.notices);

@@ -11,9 +11,14 @@ impl Scheduler {
         let step = self.in_flight.pop_front().expect("only steps in flight are committed");
         assert_eq!(step.number, number, "steps are committed in order");
         assert_eq!(step.spans.len(), outcomes.len(), "one outcome per span");
+        let mut near = 0;
         for (index, (span, outcome)) in step.spans.iter().zip(outcomes).enumerate() {
-            if let Some(end) = self.commit_span(index, span, outcome, notices) {
+            // What ended while the step was in flight no longer runs, and its row is dropped.
+            let Some(running) = self.running_index_near(near, span.turn) else { continue };
+            near = running + 1;
+            if let Some(end) = self.commit_span(index, span, running, outcome, notices) {
                 self.end(span.turn, end, notices);
+                near = running;
             }
         }
         self.leave_step(&step);
@@ -34,12 +39,11 @@ impl Scheduler {
         &mut self,
         index: usize,
         span: &SpanInFlight,
+        running: usize,
         outcome: &Outcome,
         notices: &mut Vec<Notice>,
     ) -> Option<End> {
-        // What ended while the step was in flight no longer runs, and its row is dropped.
-        let sequence = self.running_index(span.turn)?;
-        let sequence = &mut self.running[sequence];
+        let sequence = &mut self.running[running];
         let (request, choice) = (sequence.request, sequence.choice);
         sequence.committed = span.end;
         sequence.hashes.extend(outcome.page_hash);
@@ -95,9 +99,11 @@ impl Scheduler {
 
     /// The step is over for its sequences: those that have ended give their pages and slots back.
     pub(super) fn leave_step(&mut self, step: &InFlight) {
+        let mut near = 0;
         for span in &step.spans {
-            if let Some(index) = self.running_index(span.turn) {
+            if let Some(index) = self.running_index_near(near, span.turn) {
                 self.running[index].in_flight -= 1;
+                near = index + 1;
                 continue;
             }
             let index = self.leaving.iter().position(|sequence| sequence.turn == span.turn);

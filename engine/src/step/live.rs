@@ -12,7 +12,7 @@ use crate::batch::{
     TokenLogprob,
 };
 use crate::kv_cache::PageHash;
-use crate::metrics::{Finished, Metrics};
+use crate::metrics::{Finished, Metrics, TokenTally};
 use crate::request::{Event, FinishReason, Request};
 use crate::scheduler::{End, Notice, Outcome};
 
@@ -130,6 +130,7 @@ impl Live {
         notice: Notice,
         output: Option<&mut StepOutput>,
         now: Instant,
+        tally: &TokenTally,
         metrics: &Metrics,
     ) -> bool {
         let event = match notice {
@@ -142,7 +143,7 @@ impl Live {
                 Event::Prompt { choice, cached_tokens, logprobs }
             }
             Notice::Token { choice, span, .. } => {
-                self.note_token(choice, now, metrics);
+                self.note_token(choice, now, tally, metrics);
                 let output = output.expect("tokens come with a step's output");
                 let sampled = output.spans[span].sampled.take().expect("this span sampled");
                 if self.request.stop.stop_tokens.contains(&sampled.token) {
@@ -166,10 +167,10 @@ impl Live {
         self.events.send(event)
     }
 
-    fn note_token(&mut self, choice: u32, now: Instant, metrics: &Metrics) {
+    fn note_token(&mut self, choice: u32, now: Instant, tally: &TokenTally, metrics: &Metrics) {
         let choice = &mut self.choices[choice as usize];
         match choice.last_token.replace(now) {
-            Some(last) => metrics.next_token(now - last),
+            Some(last) => tally.next_token(now - last),
             None => {
                 choice.first_token = Some(now);
                 metrics.first_token(now - self.arrived);
