@@ -14,20 +14,29 @@ use std::process::Command;
 /// The CUDA of the oldest driver we load on; PTX of a newer one would not load there.
 const CUDA_MAJOR: &str = "13.";
 
-/// One SASS image per generation, and PTX of the oldest for cards that none of them fits (sm_90a
-/// code runs on nothing else, so its PTX would not help). A spill or a local array is an error.
+/// A spill or a local array is an error.
 const FLAGS: &[&str] = &[
     "-std=c++17",
     "-O3",
     "-t2",
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_89,code=sm_89",
-    "-gencode=arch=compute_90a,code=sm_90a",
-    "-gencode=arch=compute_80,code=compute_80",
     "-fatbin",
     "--compress-mode=size",
     "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,-Werror",
 ];
+
+/// One SASS image per generation, and PTX of the oldest for cards that none of them fits (sm_90a
+/// code runs on nothing else, so its PTX would not help).
+const EVERYWHERE: &[&str] = &[
+    "-gencode=arch=compute_80,code=sm_80",
+    "-gencode=arch=compute_89,code=sm_89",
+    "-gencode=arch=compute_90a,code=sm_90a",
+    "-gencode=arch=compute_80,code=compute_80",
+];
+
+/// For sources whose first line says so: what they use exists on Hopper alone, and another family does
+/// the same elsewhere.
+const HOPPER: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
+const HOPPER_MARK: &str = "// Hopper only.";
 
 fn main() {
     // A folder counts with all that lies in it; `make cuda` touches it so that nvcc is found at once.
@@ -99,34 +108,47 @@ fn compile_all(nvcc: &Nvcc, out: &Path) -> String {
     let mut images = String::from(
         "pub(crate) const ABSENT: &str = \"\";\npub(crate) const IMAGES: &[(&str, &[u8])] = &[\n",
     );
-    for source in cuda_sources() {
+    // A header counts for every source.
+    let headers: String = files("cuh").iter().map(|path| text_of(path)).collect();
+    for source in files("cu") {
         let name = source.file_stem().expect("a .cu file has a stem").to_string_lossy();
-        let image = compile(nvcc, &source, &out.join(format!("{name}.fatbin")));
+        let image = compile(nvcc, &source, &headers, &out.join(format!("{name}.fatbin")));
         writeln!(images, "    ({name:?}, include_bytes!({:?})),", image.display().to_string())
             .expect("writing to a string does not fail");
     }
     images + "];\n"
 }
 
-fn cuda_sources() -> Vec<PathBuf> {
+fn text_of(path: &Path) -> String {
+    fs::read_to_string(path).expect("a source file can be read")
+}
+
+fn files(extension: &str) -> Vec<PathBuf> {
     let folder = fs::read_dir("cuda").expect("kernels/cuda lies beside build.rs");
     let mut sources: Vec<PathBuf> = folder
         .map(|entry| entry.expect("the folder can be read").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .filter(|path| path.extension().is_some_and(|found| found == extension))
         .collect();
     sources.sort();
     sources
 }
 
 /// Compiles one source, unless an image of exactly this text, these flags and this nvcc is there.
-fn compile(nvcc: &Nvcc, source: &Path, image: &Path) -> PathBuf {
-    let text = fs::read_to_string(source).expect("a source file can be read");
-    let key = format!("{}\n{FLAGS:?}\n{text}", nvcc.version);
+fn compile(nvcc: &Nvcc, source: &Path, headers: &str, image: &Path) -> PathBuf {
+    let text = text_of(source);
+    let targets = if text.starts_with(HOPPER_MARK) { HOPPER } else { EVERYWHERE };
+    let key = format!("{}\n{FLAGS:?}\n{targets:?}\n{headers}\n{text}", nvcc.version);
     let key_file = image.with_extension("key");
     if image.exists() && fs::read_to_string(&key_file).is_ok_and(|held| held == key) {
         return image.to_owned();
     }
-    let output = Command::new(&nvcc.path).args(FLAGS).arg("-o").arg(image).arg(source).output();
+    let output = Command::new(&nvcc.path)
+        .args(FLAGS)
+        .args(targets)
+        .arg("-o")
+        .arg(image)
+        .arg(source)
+        .output();
     let output = output.unwrap_or_else(|e| panic!("{} did not start: {e}", nvcc.path.display()));
     assert!(
         output.status.success(),

@@ -9,17 +9,57 @@ mod images {
 /// A source file under `cuda/`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
-    RmsNorm,
+    AttentionDecode,
+    /// Norm, RoPE and the write of keys and values for runs of tokens; their attention everywhere from sm_80.
+    AttentionPrefill,
+    /// Hopper: attention of runs of tokens.
+    AttentionHopper,
+    /// Hopper: any number of tokens up to 64, weights streamed once.
+    GemmStream,
+    /// Hopper: more than 64 tokens.
+    GemmTile,
+    /// Everywhere from sm_80.
+    GemmPortable,
+    Sampling,
+    Stage,
+    Step,
+    Weights,
 }
 
 impl Family {
-    pub const ALL: [Self; 1] = [Self::RmsNorm];
+    pub const ALL: [Self; 10] = [
+        Self::AttentionDecode,
+        Self::AttentionPrefill,
+        Self::AttentionHopper,
+        Self::GemmStream,
+        Self::GemmTile,
+        Self::GemmPortable,
+        Self::Sampling,
+        Self::Stage,
+        Self::Step,
+        Self::Weights,
+    ];
+
+    /// Whether it exists for Hopper alone.
+    #[must_use]
+    pub fn is_hopper_only(self) -> bool {
+        matches!(self, Self::AttentionHopper | Self::GemmStream | Self::GemmTile)
+    }
 
     /// The name of its source file, without the extension.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
-            Self::RmsNorm => "rms_norm",
+            Self::AttentionDecode => "attention_decode",
+            Self::AttentionPrefill => "attention_prefill",
+            Self::AttentionHopper => "attention_hopper",
+            Self::GemmStream => "gemm_stream",
+            Self::GemmTile => "gemm_tile",
+            Self::GemmPortable => "gemm_portable",
+            Self::Sampling => "sampling",
+            Self::Stage => "stage",
+            Self::Step => "step",
+            Self::Weights => "weights",
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod attention;
 pub mod embedding;
 pub mod linear;
 pub mod norm;
+pub mod product;
 pub mod random;
 pub mod rope;
 pub mod sampling;

@@ -144,7 +144,8 @@ fn tighter(a: Cut, b: Cut) -> Cut {
 
 /// The shortest run of the ranking, within `cut`, whose shares reach `top_p` of the survivors.
 fn cut_top_p(logits: &[f32], max: f32, cut: Cut, sampling: &Sampling) -> Cut {
-    let share = |logit| share(logit, max, sampling.temperature);
+    let scale = scale_of(sampling.temperature);
+    let share = |logit| share(logit, max, scale);
     let total: u64 = survivors(logits, cut).map(|(_, logit)| share(logit)).sum();
     let wanted = (f64::from(sampling.top_p) * total as f64) as u64;
     // A few tokens usually suffice, and ranking a whole vocabulary costs more than all the rest:
@@ -172,7 +173,8 @@ fn cut_top_p(logits: &[f32], max: f32, cut: Cut, sampling: &Sampling) -> Cut {
 /// The survivor into whose share of the line the random bits fall; survivors lie in order of id.
 fn draw(logits: &[f32], temperature: f32, cut: Cut, random: u64) -> u32 {
     let max = survivors(logits, cut).map(|(_, logit)| logit).fold(f32::NEG_INFINITY, f32::max);
-    let shares = || survivors(logits, cut).map(|(t, logit)| (t, share(logit, max, temperature)));
+    let scale = scale_of(temperature);
+    let shares = || survivors(logits, cut).map(|(t, logit)| (t, share(logit, max, scale)));
     let total: u64 = shares().map(|(_, share)| share).sum();
     let point = ((u128::from(random) * u128::from(total)) >> 64) as u64;
     let mut sum = 0;
@@ -191,9 +193,32 @@ fn survivors(logits: &[f32], cut: Cut) -> impl Iterator<Item = (u32, f32)> {
 }
 
 /// Probability relative to the most likely token, with 40 bits after the point: 2^18 tokens of the
-/// largest share still add up within 64 bits, and what is a trillion times less likely gets none.
-fn share(logit: f32, max: f32, temperature: f32) -> u64 {
-    (f64::from(((logit - max) / temperature).exp()) * (1u64 << 40) as f64) as u64
+/// largest share still add up within 64 bits, and what is two trillion times less likely gets none.
+///
+/// `scale` is [`scale_of`] the temperature. Every step is one rounding of IEEE arithmetic, none of them
+/// fused, so that `cuda/sampling.cu` does the same to the last bit: 2^y = 2^n · 2^f with n the nearest
+/// integer, and 2^f by a polynomial that is off by at most 3·10⁻⁷.
+fn share(logit: f32, max: f32, scale: f32) -> u64 {
+    use std::f32::consts::LN_2;
+    // 1.5 · 2^23: what is added to it is rounded to an integer, which stays in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    // The same in f64.
+    const WIDE_SHIFT: f64 = 6_755_399_441_055_744.0;
+    let y = ((logit - max) * scale).max(-64.0);
+    let n = (y + SHIFT) - SHIFT;
+    let f = y - n;
+    let polynomial = [0.001_338_130_2, 0.009_666_368, 0.055_503_81, 0.240_223_5, LN_2, 1.0];
+    let power = polynomial.into_iter().fold(0.0f32, |sum, coefficient| sum * f + coefficient);
+    // n + 40 lies within −24 and 40.
+    let two_to_n = f32::from_bits(((n as i32 + 40 + 127) as u32) << 23);
+    let share = f64::from(power * two_to_n) + WIDE_SHIFT;
+    share.to_bits() - WIDE_SHIFT.to_bits()
+}
+
+/// What turns a difference of logits into octaves of probability.
+#[must_use]
+pub fn scale_of(temperature: f32) -> f32 {
+    (std::f32::consts::LOG2_E / temperature).min(f32::MAX)
 }
 
 /// The `n` most likely tokens in order of rank. `logits` `[vocabulary]`; NaN ranks last.
@@ -201,7 +226,8 @@ fn share(logit: f32, max: f32, temperature: f32) -> u64 {
 pub fn top(logits: &[f32], n: usize) -> Vec<u32> {
     let value = |token: u32| {
         let logit = logits[token as usize];
-        if logit.is_nan() { f32::NEG_INFINITY } else { logit }
+        // Both zeros are one number.
+        if logit.is_nan() { f32::NEG_INFINITY } else { logit + 0.0 }
     };
     let rank = |a: &u32, b: &u32| value(*b).total_cmp(&value(*a)).then(a.cmp(b));
     let mut tokens: Vec<u32> = (0..logits.len() as u32).collect();

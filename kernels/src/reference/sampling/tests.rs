@@ -116,12 +116,38 @@ fn a_hundred_thousand_draws_follow_the_probabilities() {
     }
 }
 
+#[test]
+fn shares_are_exponentials_in_forty_bits_and_the_largest_is_exact() {
+    assert_eq!(share(3.0, 3.0, scale_of(0.7)), 1 << 40);
+    assert_eq!(share(f32::NEG_INFINITY, 3.0, scale_of(0.7)), 0);
+    assert_eq!(share(-30.0, 3.0, scale_of(1.0)), 0);
+    assert_eq!(
+        (share(0.0, 0.0, scale_of(1e-45)), share(-1e-6, 0.0, scale_of(1e-45))),
+        (1 << 40, 0)
+    );
+    for i in 0..10_000 {
+        let logit = (uniform(5, i) * -25.0) as f32;
+        let exact = (f64::from(logit) / 0.9).exp() * 2f64.powi(40);
+        let got = share(logit, 0.0, scale_of(0.9)) as f64;
+        // The argument itself carries an error of a few 2^-24.
+        let error = (got - exact).abs();
+        assert!(error <= 1.0 + exact * 6e-6, "e^({logit} / 0.9): {got} against {exact}");
+    }
+}
+
+#[test]
+fn both_zeros_are_equal_and_rank_by_id() {
+    assert_eq!(top(&[-0.0, 0.0, 1.0], 3), [2, 0, 1]);
+    assert_eq!(kept(&[-0.0, 0.0], &Sampling { top_k: 1, ..OPEN }), [0]);
+}
+
 /// The definition, word by word: sort everything, then walk.
 fn kept_slowly(logits: &[f32], sampling: &Sampling) -> Vec<u32> {
     let mut ranked: Vec<u32> = (0..logits.len() as u32).collect();
     ranked.sort_by(|&a, &b| logits[b as usize].total_cmp(&logits[a as usize]).then(a.cmp(&b)));
     let max = logits[ranked[0] as usize];
-    let share = |token: &u32| share(logits[*token as usize], max, sampling.temperature);
+    let scale = scale_of(sampling.temperature);
+    let share = |token: &u32| share(logits[*token as usize], max, scale);
     let floor = max + sampling.temperature * sampling.min_p.ln();
     ranked.retain(|&token| logits[token as usize] >= floor);
     if sampling.top_k > 0 {
