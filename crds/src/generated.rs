@@ -102,7 +102,7 @@ const STATUS_TAIL: &str = "
 The engine's own reasons (DoesNotFit to Internal) come from its termination message, so that nobody needs its log.
 Outside a cluster the same words appear on standard error, and each has an exit code of its own:
 10 DoesNotFit, 11 OutOfDeviceMemory, 12 ModelNotFound, 13 ModelUnauthorized, 14 UnsupportedModel, 15 CorruptWeights,
-16 DeviceLost, 70 Internal.
+16 DeviceLost, 17 ApiKeysUnusable, 70 Internal.
 ";
 
 #[cfg(test)]

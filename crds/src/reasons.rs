@@ -86,6 +86,8 @@ pub enum Reason {
     ChildRejected,
     NoNodes,
     Unschedulable,
+    SecretNotFound,
+    VolumeNotMounted,
     ImagePullFailed,
     EngineCrashLooping,
     DoesNotFit,
@@ -95,6 +97,7 @@ pub enum Reason {
     UnsupportedModel,
     CorruptWeights,
     DeviceLost,
+    ApiKeysUnusable,
     Internal,
 }
 
@@ -119,6 +122,8 @@ impl Reason {
         Reason::ChildRejected,
         Reason::NoNodes,
         Reason::Unschedulable,
+        Reason::SecretNotFound,
+        Reason::VolumeNotMounted,
         Reason::ImagePullFailed,
         Reason::EngineCrashLooping,
         Reason::DoesNotFit,
@@ -128,6 +133,7 @@ impl Reason {
         Reason::UnsupportedModel,
         Reason::CorruptWeights,
         Reason::DeviceLost,
+        Reason::ApiKeysUnusable,
         Reason::Internal,
     ];
 
@@ -155,7 +161,8 @@ impl Reason {
             | Reason::ModelNotFound
             | Reason::ModelUnauthorized
             | Reason::UnsupportedModel
-            | Reason::CorruptWeights => true,
+            | Reason::CorruptWeights
+            | Reason::ApiKeysUnusable => true,
             Reason::Serving
             | Reason::Accepted
             | Reason::Inspecting
@@ -172,6 +179,8 @@ impl Reason {
             | Reason::ClaimNotFound
             | Reason::NoNodes
             | Reason::Unschedulable
+            | Reason::SecretNotFound
+            | Reason::VolumeNotMounted
             | Reason::ImagePullFailed
             | Reason::EngineCrashLooping
             | Reason::OutOfDeviceMemory
@@ -233,7 +242,7 @@ impl Reason {
             ),
             Reason::RollingOut => (
                 "RollingOut",
-                "Pods of an older revision are being replaced; they serve until the new ones are ready.",
+                "Pods of an older revision are being replaced; they serve until the new ones are ready, or, where `status.plan.why` says that there is no room for one more pod, until their place is needed.",
                 "Wait.",
             ),
             Reason::ScaledToZero => (
@@ -276,6 +285,16 @@ impl Reason {
                 "No node has room for a pod at the moment; the message holds the scheduler's words.",
                 "Free capacity, add a node, or lower `spec.replicas` or `spec.resources`.",
             ),
+            Reason::SecretNotFound => (
+                "SecretNotFound",
+                "A container names a Secret, or a key of one, that is not in this namespace.",
+                "Create the Secret with the key that the message names; the pod starts by itself.",
+            ),
+            Reason::VolumeNotMounted => (
+                "VolumeNotMounted",
+                "A pod has a node, and its volumes have not come for more than a minute; the message names what they need.",
+                "Create the Secret or the key that is missing (`spec.auth`, `spec.model.credentials`). A ReadWriteOnce claim that another node holds: use ReadWriteMany, or free it. `kubectl describe pod` says which; the pod starts by itself.",
+            ),
             Reason::ImagePullFailed => (
                 "ImagePullFailed",
                 "A node cannot get the engine's image.",
@@ -289,12 +308,12 @@ impl Reason {
             Reason::DoesNotFit => (
                 "DoesNotFit",
                 "No plan fits into the memory there is; the message holds the sum.",
-                "Raise `spec.resources.memory` or use larger nodes, or lower `spec.contextTokens`, `spec.cache.tokens` or `spec.workload`.",
+                "Raise `spec.resources.memory`, use larger nodes or GPUs, or lower `spec.contextTokens`, `spec.cache.tokens` or `spec.workload`.",
             ),
             Reason::OutOfDeviceMemory => (
                 "OutOfDeviceMemory",
                 "The machine refused memory that the plan had counted on.",
-                "Find what else uses the machine's memory, or lower `spec.cache.tokens`.",
+                "Where a pod was killed for its limit, set or raise `spec.resources.memory`, which is that limit. Else find what uses the machine's memory beside the engine, or lower `spec.cache.tokens`.",
             ),
             Reason::ModelNotFound => (
                 "ModelNotFound",
@@ -321,6 +340,11 @@ impl Reason {
                 "The device stopped answering; the pod restarts by itself.",
                 "If it repeats, drain the node and check its hardware.",
             ),
+            Reason::ApiKeysUnusable => (
+                "ApiKeysUnusable",
+                "The file of API keys is missing, empty or cannot be read; the message names it.",
+                "Write one key per line into the Secret that `spec.auth.apiKeysSecretRef` names; outside a cluster, into the file of `--api-key-file`. The engine looks again when it restarts.",
+            ),
             Reason::Internal => (
                 "Internal",
                 "A defect of ours; the pod restarts by itself.",
@@ -340,6 +364,7 @@ impl From<ExitReason> for Reason {
             ExitReason::UnsupportedModel => Reason::UnsupportedModel,
             ExitReason::CorruptWeights => Reason::CorruptWeights,
             ExitReason::DeviceLost => Reason::DeviceLost,
+            ExitReason::ApiKeysUnusable => Reason::ApiKeysUnusable,
             ExitReason::Internal => Reason::Internal,
         }
     }

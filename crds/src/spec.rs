@@ -102,7 +102,8 @@ pub struct LLMDeploymentSpec {
     pub suspend: bool,
 
     /// Merged over the pod template that Plimsoll renders: labels, annotations, tolerations, node selectors, extra
-    /// volumes. Checked by a dry run against the API server before it is used.
+    /// volumes. What reaches out of the pod is refused by name: host paths, namespaces and ports, root, added capabilities,
+    /// other service accounts. Checked by a dry run against the API server before it is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::any_object")]
     pub pod_template: Option<Value>,
@@ -197,7 +198,8 @@ pub struct Workload {
     #[schemars(range(min = 1, max = 16_777_216))]
     pub output_tokens: Option<i64>,
 
-    /// Requests that run at once in one pod. Absent: 32.
+    /// Requests that run at once in one pod. Absent: 32. Where nothing is said, a GPU takes up to 256, as far as its cache
+    /// carries them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1024))]
     pub concurrency: Option<i32>,
@@ -207,11 +209,13 @@ pub struct Workload {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Cache {
-    /// Type of keys and values: Auto, F32 or F16. Auto takes the most exact one whose plan carries the workload.
+    /// Type of keys and values: Auto, F32 or F16. Auto takes the most exact one whose plan carries the workload, and BF16
+    /// on a GPU; the other two run on CPUs only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<CacheDtype>,
 
-    /// Tokens that the cache of one pod holds. Absent: what the workload needs, as far as memory allows.
+    /// Tokens that the cache of one pod holds. Absent: what the workload needs, as far as memory allows; on a GPU all that
+    /// fits and could be of use.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 64, max = 1_000_000_000))]
     pub tokens: Option<i64>,
@@ -261,14 +265,17 @@ pub enum AccessMode {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resources {
-    /// CPU of one pod, for instance 2 or 500m. Absent: a quarter of the largest node is requested, and no limit set.
+    /// CPU that one pod requests, for instance 2 or 500m: what it can count on, and no limit. The engine computes on all CPUs
+    /// that the node leaves idle, with one thread for each; a limit in `spec.podTemplate` bounds both. Absent: a quarter of
+    /// the largest node, or 2 beside a GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
         .message("must be a positive quantity, for instance 2 or 500m"))]
     pub cpu: Option<Amount>,
 
-    /// Memory of one pod, for instance 4Gi. The plan must fit into it; the rest goes to no one. Absent: bounded by the
-    /// largest node alone.
+    /// Memory of one pod, for instance 4Gi: its limit, as far as the largest node has it left. The plan must fit into it,
+    /// and is what the pod requests. Beside a GPU it bounds the host's memory, not the card's. Absent: the plan is bounded
+    /// by the largest node alone, and the limit is the plan and a sixteenth, at least 64 MiB more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
         .message("must be a positive quantity, for instance 4Gi"))]

@@ -98,7 +98,7 @@ pub struct PlanStatus {
     #[schemars(range(min = 1))]
     pub tensor_parallel: i32,
 
-    /// Class of machine that the plan is for.
+    /// Class of machine that the plan is for: cpu, or a GPU's name such as nvidia-h200.
     #[schemars(length(max = 64))]
     pub accelerator: String,
 
@@ -140,7 +140,7 @@ pub struct CacheStatus {
     pub tokens: i64,
 }
 
-/// Memory of one pod, in bytes.
+/// Memory of one pod, in bytes: the card's where the accelerator is a GPU.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct MemoryStatus {
@@ -156,7 +156,7 @@ pub struct MemoryStatus {
     #[schemars(range(min = 0))]
     pub workspace: i64,
 
-    /// The process itself: code, tokenizer, HTTP buffers.
+    /// The process itself: code, tokenizer, HTTP buffers; on a GPU kernels and graphs.
     #[schemars(range(min = 0))]
     pub process: i64,
 
@@ -164,7 +164,8 @@ pub struct MemoryStatus {
     #[schemars(range(min = 0))]
     pub total: i64,
 
-    /// What one pod may use: what other pods leave of the largest node, or spec.resources.memory.
+    /// What one pod may use. On a GPU: the card less what driver and context hold. On a CPU: what other pods leave of the
+    /// largest node, or spec.resources.memory.
     #[schemars(range(min = 0))]
     pub capacity: i64,
 }

@@ -1,16 +1,25 @@
 //! `bench`: tokens per second of a checkpoint without HTTP, through the same scheduler and step loop that serve it.
-//! Enters: a model directory and a load. Leaves: a table and JSON. Never here: text, sockets.
+//! Enters: a model directory, or the name of a shape and a seed, and a load. Leaves: a table and JSON. Never here: text,
+//! sockets.
+
+mod suite;
+mod workloads;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
+use plimsoll_contract::abilities::{Ability, Backend as Kind, Dtype, PAGE_TOKENS};
+use plimsoll_contract::exit::ExitReport;
+use plimsoll_contract::memory::StepLimits;
 use serde::Serialize;
 use tokio::task::JoinSet;
 
+use crate::backend::Backend;
 use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::cuda::{CudaBackend, CudaOptions, Source};
+use crate::backend::place::{DeviceArg, Place};
 use crate::batch::{AdapterIndex, SamplingParams, TokenId};
 use crate::metrics::Metrics;
 use crate::model::{Checkpoint, LoadError, Shard};
@@ -20,22 +29,28 @@ use crate::step::{self, EngineHandle, Limits, RequestStream};
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
     pub model: PathBuf,
-    pub dtype: Dtype,
+    pub device: DeviceArg,
+    /// The device's best one where none is given.
+    pub dtype: Option<Dtype>,
     /// Requests that run at once, one row of the table each.
     pub requests: Vec<usize>,
     pub prompt_tokens: u32,
     pub output_tokens: u32,
     /// Rounds per row after one that warms up; the median counts.
     pub rounds: usize,
-    pub step_tokens_max: u32,
-    pub steps_in_flight: usize,
+    /// As `serve` has it where none is given; so too the next.
+    pub step_tokens_max: Option<u32>,
+    pub steps_in_flight: Option<usize>,
 }
 
 #[derive(Clone, Debug, Serialize)]
 pub struct BenchReport {
     pub model: PathBuf,
+    /// As people call it.
+    pub device: String,
     pub dtype: Dtype,
-    pub threads: usize,
+    /// Of the CPU, where that computes.
+    pub threads: Option<usize>,
     pub prompt_tokens: u32,
     pub output_tokens: u32,
     /// From opening the checkpoint to a backend that can take a step.
@@ -64,25 +79,19 @@ struct Round {
     first_tokens: Vec<Duration>,
 }
 
-pub fn run(options: &BenchOptions) -> Result<BenchReport, LoadError> {
+pub use suite::{Ceilings, Steps, SuiteOptions, SuiteReport, run_suite};
+
+pub fn run(options: &BenchOptions) -> Result<BenchReport, ExitReport> {
     let begun = Instant::now();
-    let checkpoint = Checkpoint::open(&options.model)?;
+    let place = Place::choose(options.device)?;
+    let ability = place.ability(options.dtype)?;
+    let checkpoint = Checkpoint::open(&options.model).map_err(|error| error.report())?;
     let vocabulary = checkpoint.facts().vocabulary;
-    let limits = limits(options);
-    let cpu = CpuOptions {
-        dtype: options.dtype,
-        kv_pages: limits.kv_pages.clone(),
-        running_max: limits.running_max as u32,
-        shard: Shard::WHOLE,
-    };
-    let backend = CpuBackend::load(&checkpoint, cpu, &mut |_| ())?;
+    let limits = limits(options, ability.backend);
+    let (backend, threads) =
+        load(&place, &checkpoint, ability, &limits).map_err(|error| error.report())?;
     let load_seconds = begun.elapsed().as_secs_f64();
-    let threads = backend.threads();
-    let engine = step::start(
-        Box::new(backend),
-        limits.clone(),
-        Metrics::new("bench", limits.context_tokens),
-    );
+    let engine = step::start(backend, limits.clone(), Metrics::new("bench", limits.context_tokens));
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .expect("a runtime without drivers needs nothing from the system");
@@ -96,7 +105,8 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, LoadError> {
     let rows = rows.collect();
     Ok(BenchReport {
         model: options.model.clone(),
-        dtype: options.dtype,
+        device: place.name(),
+        dtype: ability.weights,
         threads,
         prompt_tokens: options.prompt_tokens,
         output_tokens: options.output_tokens,
@@ -106,18 +116,56 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport, LoadError> {
     })
 }
 
+/// A backend and, where it is the CPU, the number of its threads.
+fn load(
+    place: &Place,
+    checkpoint: &Checkpoint,
+    ability: Ability,
+    limits: &Limits,
+) -> Result<(Box<dyn Backend>, Option<usize>), LoadError> {
+    let running_max = limits.running_max as u32;
+    match place {
+        Place::Cpu => {
+            let options = CpuOptions {
+                dtype: ability.weights,
+                kv_pages: limits.kv_pages.clone(),
+                running_max,
+                shard: Shard::WHOLE,
+            };
+            let backend = CpuBackend::load(checkpoint, options, &mut |_| ())?;
+            let threads = backend.threads();
+            Ok((Box::new(backend), Some(threads)))
+        }
+        Place::Cuda(device) => {
+            let options = CudaOptions {
+                kv_pages: limits.kv_pages[0],
+                step: StepLimits { step_tokens_max: limits.step_tokens_max, running_max },
+                context_tokens: limits.context_tokens,
+                ..CudaOptions::default()
+            };
+            let source = Source::Checkpoint(checkpoint);
+            let backend = CudaBackend::load(device.clone(), source, options, &mut |_| ())?;
+            Ok((Box::new(backend), None))
+        }
+    }
+}
+
 /// Room for the largest row, so that nothing waits or is preempted.
-fn limits(options: &BenchOptions) -> Limits {
+fn limits(options: &BenchOptions, kind: Kind) -> Limits {
+    let (step_tokens_max, steps_in_flight) = match kind {
+        Kind::Cpu => (512, 1),
+        Kind::Cuda => (2048, 2),
+    };
     let most = options.requests.iter().copied().max().unwrap_or(1).max(1);
     let context_tokens = options.prompt_tokens + options.output_tokens;
     let pages = (context_tokens.div_ceil(PAGE_TOKENS) + 1) * most as u32;
     Limits {
         running_max: most,
         waiting_max: most,
-        step_tokens_max: options.step_tokens_max,
+        step_tokens_max: options.step_tokens_max.unwrap_or(step_tokens_max),
         context_tokens,
         kv_pages: vec![pages],
-        steps_in_flight: options.steps_in_flight,
+        steps_in_flight: options.steps_in_flight.unwrap_or(steps_in_flight),
         prefix_reuse: false,
     }
 }
@@ -135,7 +183,8 @@ async fn round(
     let begun = Instant::now();
     let mut running = JoinSet::new();
     for prompt in prompts {
-        let stream = engine.submit(request(options, prompt)).expect("the limits fit the load");
+        let stream =
+            engine.submit(request(prompt, options.output_tokens)).expect("the limits fit the load");
         running.spawn(listen(stream, begun, options.output_tokens));
     }
     let ends = running.join_all().await;
@@ -171,14 +220,14 @@ async fn listen(mut stream: RequestStream, begun: Instant, expected: u32) -> End
     ends
 }
 
-fn request(options: &BenchOptions, prompt: Arc<[TokenId]>) -> Request {
+fn request(prompt: Arc<[TokenId]>, output_tokens: u32) -> Request {
     Request {
         prompt,
         choices: 1,
         sampling: Arc::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() }),
         stop: StopRules {
             stop_tokens: Arc::new(BTreeSet::new()),
-            output_tokens_max: options.output_tokens,
+            output_tokens_max: output_tokens,
         },
         salt: PrefixSalt { adapter: AdapterIndex::BASE, tenant: None },
     }
@@ -208,7 +257,7 @@ fn sorted(numbers: impl Iterator<Item = f64>) -> Vec<f64> {
 }
 
 /// Prompts need no good randomness, only to differ and to be the same in every run.
-struct Numbers(u64);
+pub struct Numbers(u64);
 
 impl Numbers {
     fn below(&mut self, n: u32) -> u32 {
@@ -234,11 +283,12 @@ impl BenchReport {
         let rss =
             self.rss_bytes.map_or("unknown".into(), |b| format!("{:.0} MiB", b as f64 / 1048576.0));
         let mut text = format!(
-            "{} in {}, {} threads, {} prompt and {} output tokens; loaded in {:.3} s, RSS {rss}\n\n\
+            "{} in {} on {}, {} prompt and {} output tokens; loaded in {:.3} s, RSS {rss}\n\n\
              | requests | output tokens/s | slowest … fastest | first token, ms | between tokens, ms |\n|---|---|---|---|---|\n",
             self.model.display(),
             self.dtype.name(),
-            self.threads,
+            self.threads
+                .map_or(self.device.clone(), |n| format!("{} with {n} threads", self.device)),
             self.prompt_tokens,
             self.output_tokens,
             self.load_seconds,
@@ -262,19 +312,35 @@ impl BenchReport {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_bench_reports_a_row_for_each_number_of_requests() {
-        let options = BenchOptions {
+    fn options() -> BenchOptions {
+        BenchOptions {
             model: format!("{}/../tests/goldens/llama3-rope", env!("CARGO_MANIFEST_DIR")).into(),
-            dtype: Dtype::F32,
+            device: DeviceArg::Cpu,
+            dtype: None,
             requests: vec![1, 3],
             prompt_tokens: 70,
             output_tokens: 5,
             rounds: 2,
-            step_tokens_max: 64,
-            steps_in_flight: 1,
-        };
-        let report = run(&options).unwrap();
+            step_tokens_max: Some(64),
+            steps_in_flight: None,
+        }
+    }
+
+    #[test]
+    fn a_type_that_the_device_does_not_run_is_refused_with_what_to_choose() {
+        let refused = run(&BenchOptions { dtype: Some(Dtype::Bf16), ..options() }).unwrap_err();
+        assert!(
+            refused.message.contains("--dtype bf16 does not run on the CPU"),
+            "{}",
+            refused.message
+        );
+        assert!(refused.message.contains("choose f32 or f16"), "{}", refused.message);
+    }
+
+    #[test]
+    fn a_bench_reports_a_row_for_each_number_of_requests() {
+        let report = run(&options()).unwrap();
+        assert_eq!((report.dtype, report.device.as_str()), (Dtype::F32, "CPU"));
         assert_eq!(report.rows.iter().map(|row| row.requests).collect::<Vec<_>>(), [1, 3]);
         assert!(report.rows.iter().all(|row| row.output_tokens_per_second > 0.0));
         assert_eq!(report.table().lines().count(), 6);

@@ -8,6 +8,8 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_contract::abilities::Dtype;
 
+use crate::backend::place::DeviceArg;
+
 #[derive(Debug, Parser)]
 #[command(
     name = "plimsoll-engine",
@@ -43,27 +45,33 @@ pub struct ServeArgs {
     /// Name that clients ask for [default: the directory's name].
     #[arg(long, value_name = "NAME")]
     pub served_name: Option<String>,
-    /// Type to compute in and to keep weights and KV pages in.
-    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
-    pub dtype: DtypeArg,
+    /// What computes.
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    pub device: DeviceArg,
+    /// Type to compute in and to keep weights and KV pages in [default: bf16 on a GPU, f32 on a CPU].
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
     /// Tokens the KV cache holds [default: as many as fit].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
     /// Longest sequence, prompt and output [default: what the model was trained for].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub context_tokens: Option<u32>,
-    /// Sequences that run at once.
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
-    pub running_max: u32,
+    /// Sequences that run at once [default: 256 on a GPU, 32 on a CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub running_max: Option<u32>,
     /// Requests that may wait; one more is answered with 429.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub waiting_max: u32,
-    /// Rows of one step: running sequences plus prompt tokens.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    pub step_tokens_max: u32,
-    /// Steps planned ahead of the one being computed: 1 or 2.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
-    pub steps_in_flight: u32,
+    /// Rows of one step: running sequences plus prompt tokens [default: 2048 on a GPU, 512 on a CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub step_tokens_max: Option<u32>,
+    /// Steps planned ahead of the one being computed: 1 or 2 [default: 2 on a GPU, 1 on a CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub steps_in_flight: Option<u32>,
+    /// On a GPU, split sums in one way whatever the batch, so that company changes no bit of an answer; slower.
+    #[arg(long)]
+    pub batch_invariant: bool,
     /// Compute every prompt anew instead of reusing what is cached.
     #[arg(long)]
     pub no_prefix_reuse: bool,
@@ -90,8 +98,11 @@ pub struct ServeArgs {
 #[derive(Clone, Debug, Args)]
 pub struct InspectArgs {
     /// Where the checkpoint lies: DIR or file:///DIR.
-    #[arg(value_name = "SOURCE")]
-    pub source: String,
+    #[arg(value_name = "SOURCE", required_unless_present = "device")]
+    pub source: Option<String>,
+    /// Print what is known of this machine's GPU instead; without one that can be used, the reason.
+    #[arg(long, conflicts_with = "source")]
+    pub device: bool,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -122,11 +133,35 @@ pub struct FetchArgs {
 #[derive(Clone, Debug, Args)]
 pub struct BenchArgs {
     /// Directory of the checkpoint.
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
-    /// Type to compute in.
-    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
-    pub dtype: DtypeArg,
+    #[arg(long, value_name = "DIR", required_unless_present = "random_weights")]
+    pub model: Option<PathBuf>,
+    /// Compare engines instead: a published shape with random weights made on the GPU, on the workloads of docs/perf.md.
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES), conflicts_with = "model")]
+    pub random_weights: Option<String>,
+    /// Only the workloads whose name begins so (with --random-weights).
+    #[arg(long, value_name = "NAME,NAME", value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// TB/s that the card reads at most, for the floors (with --random-weights).
+    #[arg(long, value_name = "N", default_value_t = 4.42)]
+    pub read_tbps: f64,
+    /// TFLOP/s that the card computes at most in bf16, for the floors (with --random-weights).
+    #[arg(long, value_name = "N", default_value_t = 750.0)]
+    pub bf16_tflops: f64,
+    /// Use the kernels that run on every card, also on Hopper (with --random-weights).
+    #[arg(long)]
+    pub portable: bool,
+    /// Queue every step kernel by kernel instead of replaying recorded ones (with --random-weights).
+    #[arg(long)]
+    pub eager: bool,
+    /// Split sums in one way whatever the batch, so that company changes no bit (with --random-weights).
+    #[arg(long)]
+    pub batch_invariant: bool,
+    /// What computes (with --random-weights always the GPU).
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto, conflicts_with = "random_weights")]
+    pub device: DeviceArg,
+    /// Type to compute in [default: bf16 on a GPU, f32 on a CPU].
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
     /// Requests at once, one row of the table each.
     #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,32", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub requests: Vec<u32>,
@@ -139,12 +174,12 @@ pub struct BenchArgs {
     /// Rounds after one that warms up; the median counts.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
-    /// Rows of one step.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
-    pub step_tokens_max: u32,
-    /// Steps planned ahead of the one being computed: 1 or 2.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=2))]
-    pub steps_in_flight: u32,
+    /// Rows of one step [default: 2048 on a GPU, 512 on a CPU; with --random-weights 8192].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub step_tokens_max: Option<u32>,
+    /// Steps planned ahead of the one being computed: 1 or 2 [default: 2 on a GPU, 1 on a CPU].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=2))]
+    pub steps_in_flight: Option<u32>,
     /// Print JSON instead of a table.
     #[arg(long)]
     pub json: bool,
@@ -154,6 +189,7 @@ pub struct BenchArgs {
 pub enum DtypeArg {
     F32,
     F16,
+    Bf16,
 }
 
 impl From<DtypeArg> for Dtype {
@@ -161,6 +197,7 @@ impl From<DtypeArg> for Dtype {
         match dtype {
             DtypeArg::F32 => Dtype::F32,
             DtypeArg::F16 => Dtype::F16,
+            DtypeArg::Bf16 => Dtype::Bf16,
         }
     }
 }

@@ -3,7 +3,8 @@
 
 use std::path::PathBuf;
 
-use plimsoll_contract::facts::{FACTS_JSON_BYTES_MAX, ModelFacts};
+use plimsoll_contract::facts::{DeviceFacts, FACTS_JSON_BYTES_MAX, Gpu, ModelFacts};
+use plimsoll_kernels::device::{Device, DeviceError};
 
 use crate::model::{Checkpoint, LoadError};
 
@@ -40,6 +41,59 @@ pub fn table(facts: &ModelFacts) -> String {
     rows.iter().map(|(name, value)| format!("{name:width$}  {value}\n")).collect()
 }
 
+/// What is known of the first GPU, or why none can be used.
+pub fn device_facts() -> DeviceFacts {
+    match Device::open(0).and_then(|device| gpu(&device)) {
+        Ok(gpu) => DeviceFacts { gpu: Some(gpu), why_none: None },
+        Err(error) => DeviceFacts { gpu: None, why_none: Some(error.to_string()) },
+    }
+}
+
+/// What is known of a GPU that is open.
+pub fn gpu(device: &Device) -> Result<Gpu, DeviceError> {
+    let (free, total) = device.memory()?;
+    let (major, minor) = device.capability();
+    Ok(Gpu {
+        name: device.name()?,
+        memory_bytes: total as u64,
+        memory_free_bytes: free as u64,
+        compute_capability: format!("{major}.{minor}"),
+        multiprocessors: device.processors(),
+        driver: driver_version(),
+    })
+}
+
+/// As the kernel module tells it; no management library is needed.
+fn driver_version() -> Option<String> {
+    let text = std::fs::read_to_string("/proc/driver/nvidia/version").ok()?;
+    let line = text.lines().next()?;
+    line.split_whitespace()
+        .find(|word| word.split('.').count() >= 2 && word.starts_with(|c: char| c.is_ascii_digit()))
+        .map(str::to_owned)
+}
+
+pub fn device_json(facts: &DeviceFacts) -> String {
+    serde_json::to_string(facts).expect("facts hold only names and numbers")
+}
+
+pub fn device_table(facts: &DeviceFacts) -> String {
+    match (&facts.gpu, &facts.why_none) {
+        (Some(gpu), _) => {
+            let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+            format!(
+                "GPU                 {}\nmemory              {:.1} GiB, {:.1} free\ncompute capability  {}\nmultiprocessors     {}\ndriver              {}\n",
+                gpu.name,
+                gib(gpu.memory_bytes),
+                gib(gpu.memory_free_bytes),
+                gpu.compute_capability,
+                gpu.multiprocessors,
+                gpu.driver.as_deref().unwrap_or("unknown"),
+            )
+        }
+        (None, why) => format!("no GPU can be used: {}\n", why.as_deref().unwrap_or("unknown")),
+    }
+}
+
 fn rows(facts: &ModelFacts) -> Vec<(&'static str, String)> {
     let parameters = facts.parameters;
     let disk =
@@ -67,6 +121,9 @@ fn rows(facts: &ModelFacts) -> Vec<(&'static str, String)> {
     ];
     if let Some(window) = facts.sliding_window {
         rows.push(("window", format!("{} tokens on {} layers", window.tokens, window.layers)));
+    }
+    if facts.tokenizer_bytes > 0 {
+        rows.push(("tokenizer", megabytes(facts.tokenizer_bytes)));
     }
     rows.push(("chat template", if facts.chat_template { "yes" } else { "no" }.into()));
     if let Some(revision) = &facts.revision {
@@ -116,6 +173,16 @@ mod tests {
         {
             assert!(table.contains(part), "{table}");
         }
+    }
+
+    #[test]
+    fn a_machine_without_a_driver_says_so() {
+        let facts = device_facts();
+        assert_ne!(facts.gpu.is_some(), facts.why_none.is_some());
+        let table = device_table(&facts);
+        assert!(table.contains("GPU"), "{table}");
+        let back: DeviceFacts = serde_json::from_str(&device_json(&facts)).unwrap();
+        assert_eq!(back, facts);
     }
 
     #[test]

@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
+use plimsoll_contract::facts::Gpu;
 use plimsoll_contract::metrics::{self as names, Names};
 use prometheus::core::Collector;
 use prometheus::local::{LocalHistogram, LocalIntCounter};
 use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
-    TextEncoder,
+    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::request::Refusal;
@@ -307,6 +308,29 @@ impl Metrics {
         let size = [("block_size", PAGE_TOKENS as usize), ("num_gpu_blocks", pages)];
         let info = new.gauge_with(names::CACHE_CONFIG, "Shape of the KV cache", &size);
         info.set(1);
+    }
+
+    /// Called once, when the engine is ready: the GPU that computes, or the CPU where there is none.
+    pub fn device_is(&self, gpu: Option<&Gpu>) {
+        let new = Families { registry: self.registry.clone(), labels: self.labels.clone() };
+        let info = [
+            ("device", gpu.map_or("CPU", |gpu| &gpu.name)),
+            ("driver", gpu.and_then(|gpu| gpu.driver.as_deref()).unwrap_or("")),
+            ("compute_capability", gpu.map_or("", |gpu| &gpu.compute_capability)),
+        ];
+        let help = "What computes";
+        new.own(names::DEVICE_INFO, help, |opts| {
+            let label = |opts: Opts, (name, value): &(&str, &str)| opts.const_label(*name, *value);
+            IntGauge::with_opts(info.iter().fold(opts, label))
+        })
+        .set(1);
+        let Some(gpu) = gpu else { return };
+        let help =
+            "Bytes of the device's memory; free is what was left when the engine became ready";
+        let memory =
+            new.own(names::DEVICE_MEMORY_BYTES, help, |opts| IntGaugeVec::new(opts, &["kind"]));
+        memory.with_label_values(&["total"]).set(gpu.memory_bytes as i64);
+        memory.with_label_values(&["free"]).set(gpu.memory_free_bytes as i64);
     }
 
     pub fn refused(&self, refusal: &Refusal) {

@@ -3,6 +3,7 @@
 
 mod load;
 
+use std::convert::Infallible;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
@@ -20,10 +21,14 @@ use crate::http::connections::{self, ConnectionLimits};
 use crate::http::{self, App, Served};
 use crate::step::EngineLoss;
 
+/// How often a log says how far loading is.
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
 /// Runs until the process should end: Ok after a drain.
 pub fn run(args: &ServeArgs) -> Result<(), ExitReport> {
     let started = Instant::now();
     allow_many_connections();
+    http::body::map_large_blocks();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -37,7 +42,7 @@ pub fn run(args: &ServeArgs) -> Result<(), ExitReport> {
 async fn process(args: &ServeArgs, started: Instant) -> Result<(), ExitReport> {
     let mut signals = Signals::new()?;
     let keys = args.api_key_file.as_deref().map(ApiKeys::open).transpose();
-    let keys = keys.map_err(|e| internal(e.to_string()))?;
+    let keys = keys.map_err(|e| e.report())?;
     let app = Arc::new(App::new(served_name(args), keys));
     let listener = TcpListener::bind(args.listen)
         .await
@@ -50,7 +55,17 @@ async fn process(args: &ServeArgs, started: Instant) -> Result<(), ExitReport> {
         let (args, app) = (args.clone(), app.clone());
         tokio::task::spawn_blocking(move || load::load(&args, &app, started, &mut show_progress))
     };
+    let telling = tell_progress(
+        PROGRESS_EVERY,
+        || app.progress(),
+        |progress| {
+            if !std::io::stderr().is_terminal() {
+                tracing::info!(progress, "loading");
+            }
+        },
+    );
     let served = tokio::select! {
+        never = telling => match never {},
         loaded = loading => loaded.map_err(|e| internal(format!("loading panicked: {e}")))??,
         name = signals.next() => {
             tracing::info!(signal = name, "stopped while loading");
@@ -133,7 +148,19 @@ fn served_name(args: &ServeArgs) -> String {
         .unwrap_or_else(|| "model".to_owned())
 }
 
-/// One line that is written over, on a terminal; elsewhere /ready tells.
+/// Loading in words, again and again, also while one step of it takes long.
+async fn tell_progress(
+    every: Duration,
+    progress: impl Fn() -> String,
+    mut tell: impl FnMut(&str),
+) -> Infallible {
+    loop {
+        tokio::time::sleep(every).await;
+        tell(&progress());
+    }
+}
+
+/// One line that is written over, on a terminal; elsewhere the log and /ready tell.
 fn show_progress(progress: &str) {
     if std::io::stderr().is_terminal() {
         eprint!("\r\x1b[2K{progress}\r");
@@ -174,5 +201,34 @@ pub fn allow_many_connections() {
     };
     if !raised {
         tracing::warn!("failed to raise the limit of open files");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_log_says_how_far_loading_is_even_while_nothing_moves() {
+        let app = App::new("m".into(), None);
+        app.set_progress("weights: 3 of 80 layers".into());
+        let mut lines = Vec::new();
+        let telling = tell_progress(
+            Duration::from_millis(10),
+            || app.progress(),
+            |progress| {
+                lines.push(progress.to_owned());
+                app.set_progress(
+                    if lines.len() < 2 { progress } else { "weights: 4 of 80 layers" }.to_owned(),
+                );
+            },
+        );
+        tokio::select! {
+            never = telling => match never {},
+            () = tokio::time::sleep(Duration::from_millis(500)) => {}
+        }
+        assert!(lines.len() > 2, "{lines:?}");
+        assert_eq!(lines[..2], ["weights: 3 of 80 layers"; 2]);
+        assert_eq!(lines[2], "weights: 4 of 80 layers");
     }
 }

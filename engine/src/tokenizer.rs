@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::batch::TokenId;
-use crate::model::files;
+use crate::model::{TOKENIZER_FILE, files};
 
 /// Ten times as long as the longest known.
 const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -46,7 +46,7 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads `tokenizer.json` in `dir`.
     pub fn open(dir: &Path) -> Result<Tokenizer, TokenizerError> {
-        let path = dir.join("tokenizer.json");
+        let path = dir.join(TOKENIZER_FILE);
         if !path.exists() {
             return Err(TokenizerError::Missing(path));
         }

@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode, ExitStatus, Stdio};
 
 use anyhow::{Context, bail};
 use plimsoll_contract::exit::{ExitReport, TERMINATION_MESSAGE_BYTES_MAX};
-use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::facts::{DeviceFacts, ModelFacts};
 use plimsoll_crds::Reason;
 
 const PROGRAM: &str = "plimsoll-engine";
@@ -57,6 +57,15 @@ impl Engine {
         let output = self.run(command)?;
         serde_json::from_slice(&output)
             .context("the engine's facts cannot be read: is it of another version?")
+    }
+
+    /// What `inspect --device` finds out about this machine's GPU.
+    pub fn inspect_device(&self) -> anyhow::Result<DeviceFacts> {
+        let mut command = self.command();
+        command.args(["inspect", "--device", "--json"]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let output = self.run(command)?;
+        serde_json::from_slice(&output).context("what it said cannot be read")
     }
 
     /// Downloads a hub's repository into a folder; safe to repeat.

@@ -2,16 +2,23 @@
 //! Never here: reading a checkpoint (the engine's `inspect` does), a secret, a write.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, Volume};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
 use plimsoll_contract::exit::{ExitReason, ExitReport};
 use plimsoll_contract::facts::ModelFacts;
+use plimsoll_crds::Reason;
 
 use crate::desired::model::FACTS_KEY;
 use crate::fields::digest;
 use crate::observe::SeenModel;
 use crate::spec::{Source, Spec};
+
+/// A pod that has a node and not its volumes is told of after this; kubelets that can attach them take less.
+const MOUNT_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How far the operator's knowledge of a model goes.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,7 +30,7 @@ pub enum Model {
     /// Nobody has looked yet.
     Unseen,
     /// The Job is on its way.
-    Looking { message: String },
+    Looking { reason: Reason, message: String },
     /// The Job failed. `retry`: a later attempt may succeed without anybody's doing.
     Failed { report: ExitReport, retry: bool },
 }
@@ -42,7 +49,7 @@ pub fn key(spec: &Spec) -> String {
 
 /// Stored facts count unless `downloads` and their download is gone or under way; then what a finished Job said; then
 /// how far the Job is.
-pub fn look(seen: &SeenModel, downloads: bool) -> Model {
+pub fn look(seen: &SeenModel, downloads: bool, now: Timestamp) -> Model {
     let stored = stored(seen);
     let Some(job) = &seen.job else {
         return match stored {
@@ -66,7 +73,8 @@ pub fn look(seen: &SeenModel, downloads: bool) -> Model {
             None => failed(why_failed(job)),
         };
     }
-    Model::Looking { message: progress(&seen.job_pods) }
+    let (reason, message) = progress(&seen.job_pods, now);
+    Model::Looking { reason, message }
 }
 
 /// Whether a Job is of no more use. `outgrown`: its maker would make another now. `due`: it failed long enough ago.
@@ -119,30 +127,104 @@ fn why_failed(job: &Job) -> String {
 }
 
 /// What the Job waits for, in its own words where it has any.
-fn progress(pods: &[Arc<Pod>]) -> String {
+fn progress(pods: &[Arc<Pod>], now: Timestamp) -> (Reason, String) {
+    let inspecting = |message: &str| (Reason::Inspecting, message.to_owned());
     let Some(pod) = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone()) else {
-        return "the inspect Job has no pod yet".to_owned();
+        return inspecting("the inspect Job has no pod yet");
     };
     if let Some(why) = unschedulable(pod) {
-        return format!("the inspect Job waits for a node: {why}");
+        let no_claim = why.contains("persistentvolumeclaim");
+        let reason = if no_claim { Reason::ClaimNotFound } else { Reason::Inspecting };
+        return (reason, format!("the inspect Job waits for a node: {why}"));
     }
     for container in containers(pod) {
-        let Some(state) = &container.state else { continue };
-        if let Some(waiting) = &state.waiting {
-            let reason = waiting.reason.as_deref().unwrap_or("Waiting");
-            if reason != "PodInitializing" && reason != "ContainerCreating" {
-                let message = waiting.message.as_deref().unwrap_or_default();
-                return format!("container {} waits: {reason} {message}", container.name);
-            }
+        if let Some((reason, words)) = kept_waiting(container) {
+            let message = format!("container {} waits: {words}", container.name);
+            return (reason.unwrap_or(Reason::Inspecting), message);
         }
-        if state.running.is_some() {
+        if container.state.as_ref().is_some_and(|state| state.running.is_some()) {
             return match container.name.as_str() {
-                "fetch" => "downloading the model".to_owned(),
-                _ => "inspecting the model".to_owned(),
+                "fetch" => (Reason::Downloading, "downloading the model".to_owned()),
+                _ => inspecting("inspecting the model"),
             };
         }
     }
-    "the inspect Job starts".to_owned()
+    match unmounted(pod, now) {
+        Some(message) => (Reason::VolumeNotMounted, message),
+        None => inspecting("the inspect Job starts"),
+    }
+}
+
+/// The kubelet's words where it cannot start a container, and the reason where they tell one. None while all goes well.
+pub fn kept_waiting(container: &ContainerStatus) -> Option<(Option<Reason>, String)> {
+    let waiting = container.state.as_ref()?.waiting.as_ref()?;
+    let word = waiting.reason.as_deref()?;
+    let message = waiting.message.as_deref().unwrap_or_default();
+    let reason = match word {
+        "PodInitializing" | "ContainerCreating" | "CrashLoopBackOff" => return None,
+        "ImagePullBackOff" | "ErrImagePull" | "InvalidImageName" | "ErrImageNeverPull" => {
+            Some(Reason::ImagePullFailed)
+        }
+        // `secret "x" not found`, `couldn't find key y in Secret z`.
+        "CreateContainerConfigError" if message.to_lowercase().contains("secret") => {
+            Some(Reason::SecretNotFound)
+        }
+        _ => None,
+    };
+    let words = if message.is_empty() { word.to_owned() } else { format!("{word}: {message}") };
+    Some((reason, words))
+}
+
+/// What is to be said of a pod whose volumes do not come, once it has had its time.
+pub fn unmounted(pod: &Pod, now: Timestamp) -> Option<String> {
+    if !mount_patience_left(pod, now)?.is_zero() {
+        return None;
+    }
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    let named: Vec<String> = volumes.filter_map(from_elsewhere).collect();
+    let named = if named.is_empty() { "none by name".to_owned() } else { named.join(", ") };
+    let name = pod.name_any();
+    Some(format!(
+        "pod {name} has a node and has waited more than {} s for its volumes: {named}; \
+         `kubectl describe pod {name}` says which is missing or held elsewhere",
+        MOUNT_PATIENCE.as_secs()
+    ))
+}
+
+/// How long a pod may still wait for its volumes before that is told; zero from then on. None where it waits for none:
+/// the kubelet makes a pod's sandbox once they are all mounted, and says so in a condition.
+pub fn mount_patience_left(pod: &Pod, now: Timestamp) -> Option<Duration> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    let since = |kind: &str, status: &str| {
+        let held = conditions.iter().find(|held| held.type_ == kind && held.status == status)?;
+        held.last_transition_time.as_ref().map(|time| time.0)
+    };
+    let started = containers(pod).iter().any(|container| {
+        let states = [container.state.as_ref(), container.last_state.as_ref()];
+        states.into_iter().flatten().any(|held| held.running.is_some() || held.terminated.is_some())
+    });
+    if started {
+        return None;
+    }
+    let since = since("PodScheduled", "True")?.max(since("PodReadyToStartContainers", "False")?);
+    let passed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    Some(MOUNT_PATIENCE.saturating_sub(passed))
+}
+
+/// What a volume needs that may be missing, as a person would name it.
+fn from_elsewhere(volume: &Volume) -> Option<String> {
+    if let Some(secret) = &volume.secret {
+        let keys: Vec<_> = secret.items.iter().flatten().map(|item| item.key.as_str()).collect();
+        let name = secret.secret_name.as_deref().unwrap_or_default();
+        return Some(match keys[..] {
+            [] => format!("Secret {name}"),
+            _ => format!("Secret {name} (key {})", keys.join(", ")),
+        });
+    }
+    if let Some(claim) = &volume.persistent_volume_claim {
+        return Some(format!("claim {}", claim.claim_name));
+    }
+    volume.config_map.as_ref().map(|map| format!("ConfigMap {}", map.name))
 }
 
 /// The scheduler's words, where it found no node.

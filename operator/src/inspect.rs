@@ -17,6 +17,7 @@ use crate::desired::model::{self, Place};
 use crate::desired::{Identity, Settings, names};
 use crate::facts::{self, Model};
 use crate::observe::{Cached, Caches};
+use crate::pods;
 use crate::spec::Spec;
 
 /// A Job that failed for a passing reason is tried again after this.
@@ -37,7 +38,7 @@ pub struct Wanted<'a> {
 pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, ApplyError> {
     let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
     let downloads = matches!(wanted.place, Place::Download { .. });
-    let model = facts::look(&seen, downloads);
+    let model = facts::look(&seen, downloads, Timestamp::now());
     let outgrown = seen.job.as_ref().is_some_and(|job| wanted.outgrew(job));
     match &model {
         Model::Unseen => {
@@ -200,6 +201,9 @@ pub fn is_lost(caches: &Caches, namespace: &str, key: &str) -> bool {
 
 /// When to look again at a model that is not known, where no watch will tell.
 pub fn again(model: &Model, caches: &Caches, namespace: &str, key: &str) -> Option<Duration> {
+    if let Model::Looking { .. } = model {
+        return pods::look_again(&caches.labelled(namespace, names::MODEL, key), Timestamp::now());
+    }
     let Model::Failed { retry: true, .. } = model else { return None };
     let job = caches.get::<Job>(namespace, &names::inspect_job(key));
     Some(job.map_or(Duration::ZERO, |job| retry_in(&job)).max(Duration::from_secs(1)))

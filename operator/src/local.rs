@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::facts::{DeviceFacts, ModelFacts};
 
 use crate::cli::{LocalArgs, PlanArgs};
 use crate::engine::{self, Engine};
+use crate::plan::cards::{self, Card, Gpus};
 use crate::plan::{self, NodeResources, PlanOutcome};
 use crate::spec::{Source, Spec};
 use crate::{amount, manifest, show};
@@ -53,8 +54,26 @@ fn cache(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     Ok(folder.join("plimsoll/models"))
 }
 
-/// This machine as a node: its CPUs, and the memory that is available or that its cgroup leaves.
-pub fn machine() -> anyhow::Result<NodeResources> {
+/// There where a driver for NVIDIA's cards is loaded.
+const DRIVER: &str = "/proc/driver/nvidia/version";
+
+/// This machine as a node: its CPUs, the memory that is available or that its cgroup leaves, and its GPU.
+pub fn machine(engine: &Engine) -> anyhow::Result<NodeResources> {
+    Ok(NodeResources { gpus: gpus(engine), ..host()? })
+}
+
+/// What the engine can use. Without a driver there is nothing to say; with one, somebody will wonder why the card is idle.
+fn gpus(engine: &Engine) -> Gpus {
+    let unusable = |why| Gpus::Unusable { class: cards::CLASS_UNKNOWN.to_owned(), why };
+    match engine.inspect_device() {
+        Ok(DeviceFacts { gpu: Some(gpu), .. }) => Gpus::Card(Card::found(&gpu)),
+        Ok(DeviceFacts { why_none: Some(why), .. }) if Path::new(DRIVER).exists() => unusable(why),
+        Ok(_) => Gpus::None,
+        Err(error) => unusable(format!("the engine could not look for a GPU: {error:#}")),
+    }
+}
+
+fn host() -> anyhow::Result<NodeResources> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let available = available_bytes(&meminfo).context("/proc/meminfo has no MemAvailable")?;
     let cpus = std::thread::available_parallelism()?.get();
@@ -63,8 +82,11 @@ pub fn machine() -> anyhow::Result<NodeResources> {
         memory_bytes: cgroup_limit().unwrap_or(u64::MAX).min(available),
         // What others use is not available.
         asked_bytes: 0,
+        asked_cpu_millis: 0,
         pods_seen: plan::PodsSeen::All,
         cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
+        gpus: Gpus::None,
+        open_to: plan::OpenTo::All,
     })
 }
 
@@ -81,6 +103,13 @@ fn cgroup_limit() -> Option<u64> {
         .find_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
 }
 
+/// The plan for one machine that is no node: what the pod template selects means nothing here,
+/// and one process serves.
+pub fn plan_here(spec: &Spec, facts: &ModelFacts, machine: NodeResources) -> PlanOutcome {
+    let spec = Spec { pod_template: None, replicas: 1, ..spec.clone() };
+    plan::plan(&spec, facts, &[machine])
+}
+
 /// The verb `plan`.
 pub fn print_plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {
     let spec = spec(&args.file)?;
@@ -92,7 +121,7 @@ pub fn print_plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {
         }
     };
     let node = planned_machine(args)?;
-    let outcome = plan::plan(&spec, &facts, std::slice::from_ref(&node));
+    let outcome = plan_here(&spec, &facts, node);
     print!("{}", show::rendered(args.output, &spec, &facts, &outcome));
     Ok(exit_code(&outcome))
 }
@@ -114,8 +143,14 @@ fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
 }
 
 fn planned_machine(args: &PlanArgs) -> anyhow::Result<NodeResources> {
-    let mut node = machine()?;
-    if args.node_memory.is_some() || args.node_cpu.is_some() {
+    let other = args.node_memory.is_some() || args.node_cpu.is_some();
+    // With the facts in a file nothing else needs the engine, so that it may be missing.
+    let engine = Engine::find(args.local.engine.as_deref());
+    let mut node = match engine {
+        Ok(engine) if !other => machine(&engine)?,
+        _ => host()?,
+    };
+    if other {
         node.name = "the machine asked for".to_owned();
     }
     if let Some(memory) = &args.node_memory {

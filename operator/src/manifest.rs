@@ -26,7 +26,8 @@ pub fn read(path: &Path) -> anyhow::Result<LLMDeployment> {
     Ok(object)
 }
 
-fn parse(text: &str) -> anyhow::Result<LLMDeployment> {
+/// The same of a text, its source as it stands.
+pub fn parse(text: &str) -> anyhow::Result<LLMDeployment> {
     let mut found = Vec::new();
     for document in serde_yaml_ng::Deserializer::from_str(text) {
         let document = Value::deserialize(document).context("it is not valid YAML")?;

@@ -1,4 +1,4 @@
-//! In: the namespace the operator may see, or the whole cluster. Out: the memory that others' pods ask for on each node,
+//! In: the namespace the operator may see, or the whole cluster. Out: the memory and CPU that others' pods ask for on each node,
 //! as of now. Read once for each plan that is made, and at no other time: a watch on every pod of a cluster, kept for a
 //! plan now and then, would make the operator large and busy. Never here: a decision.
 
@@ -9,7 +9,7 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 
 use crate::desired::Identity;
-use crate::plan::{self, Neighbours};
+use crate::plan::{self, Asked, Neighbours};
 
 /// Pods are read in pages of this many, so that a large cluster fills no memory.
 const PAGE_PODS: u32 = 500;
@@ -33,8 +33,9 @@ pub async fn read(
     for _ in 0..PAGES_MAX {
         let list = pods.list(&page).await?;
         for pod in list.items.iter().filter(|pod| !object.has_engine(pod)) {
-            if let Some((node, bytes)) = plan::memory_asked(pod) {
-                *asked.entry(node.to_owned()).or_default() += bytes;
+            if let Some((node, more)) = plan::asked(pod) {
+                let sum: &mut Asked = asked.entry(node.to_owned()).or_default();
+                *sum = sum.plus(more);
             }
         }
         match list.metadata.continue_.filter(|token| !token.is_empty()) {

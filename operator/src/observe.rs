@@ -234,7 +234,14 @@ fn trim_pod(pod: &mut Pod) {
     pod.metadata.annotations = None;
     pod.metadata.owner_references = None;
     if let Some(spec) = pod.spec.take() {
-        pod.spec = Some(PodSpec { node_name: spec.node_name, ..Default::default() });
+        let mut volumes = spec.volumes.unwrap_or_default();
+        volumes.retain(|volume| {
+            volume.secret.is_some()
+                || volume.persistent_volume_claim.is_some()
+                || volume.config_map.is_some()
+        });
+        let volumes = (!volumes.is_empty()).then_some(volumes);
+        pod.spec = Some(PodSpec { node_name: spec.node_name, volumes, ..Default::default() });
     }
     if let Some(status) = &mut pod.status {
         status.pod_ips = None;

@@ -13,16 +13,21 @@ use crate::fields::digest;
 use crate::spec::Spec;
 
 mod candidates;
+pub mod cards;
 pub mod explain;
 mod memory;
 mod neighbours;
 mod nodes;
 mod rank;
+mod room;
 #[cfg(test)]
 mod tests;
 
-pub use neighbours::{Neighbours, memory_asked};
-pub use nodes::{NodeResources, PodsSeen, nodes};
+pub use candidates::GPU_HOST_BYTES;
+pub use memory::headroom;
+pub use neighbours::{Asked, Neighbours, asked};
+pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
+pub use room::{Update, room};
 
 /// Requests that run at once where the spec names no concurrency.
 pub const CONCURRENCY_DEFAULT: u32 = 32;
@@ -30,6 +35,9 @@ pub const CONCURRENCY_DEFAULT: u32 = 32;
 pub const REQUEST_TOKENS_DEFAULT: u32 = 2048;
 /// Rows of one step; larger steps make decode rows wait longer for a neighbour's prefill.
 pub const STEP_TOKENS_MAX: u32 = 512;
+/// The same on a GPU, which few rows leave idle: what its engine takes where it is told nothing.
+pub const GPU_RUNNING_DEFAULT: u32 = 256;
+pub const GPU_STEP_TOKENS_MAX: u32 = 2048;
 
 /// How one pod runs the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +51,7 @@ pub struct Plan {
     pub tensor_parallel: u32,
     /// Class of machine.
     pub accelerator: String,
+    pub device: Device,
     pub context_tokens: u32,
     pub running_max: u32,
     pub step_tokens_max: u32,
@@ -52,6 +61,16 @@ pub struct Plan {
     /// Bytes that the memory had to fit into.
     pub capacity: u64,
     pub why: String,
+}
+
+/// What computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// One GPU of this product, as nodes are labelled with it.
+    Cuda {
+        product: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -114,23 +133,26 @@ pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOut
             }
         }
     }
-    let Some(best) = rank::best(&feasible) else {
+    for (candidate, why) in candidates::unusable(nodes) {
+        rejected.push(Rejected { candidate, reason: Reason::DoesNotFit, why });
+    }
+    rank::rank(&mut feasible);
+    let Some(((candidate, fitted), others)) = feasible.split_first() else {
         rejected.truncate(REJECTED_MAX);
         return PlanOutcome { chosen: None, rejected };
     };
-    let (candidate, fitted) = feasible.swap_remove(best);
-    let mut passed_over: Vec<_> = feasible
+    let mut passed_over: Vec<_> = others
         .iter()
         .map(|(other, room)| Rejected {
             candidate: other.to_string(),
             reason: Reason::PlanChosen,
-            why: explain::passed_over(&candidate, &fitted, room),
+            why: explain::passed_over(candidate, fitted, other, room),
         })
         .collect();
     passed_over.extend(rejected);
     passed_over.truncate(REJECTED_MAX);
-    let why = explain::chosen(spec, &candidate, &fitted);
-    PlanOutcome { chosen: Some(assemble(spec, &candidate, &fitted, why)), rejected: passed_over }
+    let why = explain::chosen(spec, candidate, fitted);
+    PlanOutcome { chosen: Some(assemble(spec, candidate, fitted, why)), rejected: passed_over }
 }
 
 fn assemble(
@@ -150,6 +172,10 @@ fn assemble(
         },
         tensor_parallel: candidate.tensor_parallel,
         accelerator: candidate.machine.class.clone(),
+        device: match &candidate.machine.card {
+            Some(card) => Device::Cuda { product: card.product.clone() },
+            None => Device::Cpu,
+        },
         context_tokens: fitted.context_tokens,
         running_max: fitted.limits.running_max,
         step_tokens_max: fitted.limits.step_tokens_max,
@@ -162,7 +188,7 @@ fn assemble(
     plan
 }
 
-/// Of the values alone: a better sentence, or a larger node, changes no hash.
+/// Of the values alone: a better sentence, or a larger node, changes no hash. The class tells the device too.
 fn hash(plan: &Plan) -> String {
     let Plan {
         hash: _,
@@ -171,6 +197,7 @@ fn hash(plan: &Plan) -> String {
         cache,
         tensor_parallel,
         accelerator,
+        device: _,
         context_tokens,
         running_max,
         step_tokens_max,
@@ -194,10 +221,21 @@ fn hash(plan: &Plan) -> String {
     digest(&serde_json::to_value(values).expect("a plan is plain data"), 8)
 }
 
+impl Device {
+    fn flag(&self) -> &'static str {
+        match self {
+            Device::Cpu => "cpu",
+            Device::Cuda { .. } => "cuda",
+        }
+    }
+}
+
 /// The engine's flags for a plan: all but where the model lies, where to listen and where keys are.
 pub fn flags(plan: &Plan, spec: &Spec) -> Vec<String> {
     let mut flags = vec![
         format!("--served-name={}", spec.served_name),
+        // Always said: left to itself an engine takes whatever GPU it sees, planned or not.
+        format!("--device={}", plan.device.flag()),
         format!("--dtype={}", plan.dtype.name()),
         format!("--kv-tokens={}", plan.cache.tokens),
         format!("--context-tokens={}", plan.context_tokens),

@@ -2,14 +2,16 @@
 //! Pure. Logs are never read: an engine that ends says why in its termination message.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use plimsoll_contract::exit::ExitReport;
 use plimsoll_crds::Reason;
 
 use crate::desired::names;
-use crate::facts::{containers, unschedulable};
+use crate::facts::{containers, kept_waiting, mount_patience_left, unmounted, unschedulable};
 
 /// Restarts without a word after which we speak of a loop.
 const SILENT_RESTARTS_MAX: i32 = 3;
@@ -37,7 +39,7 @@ impl Engines {
     }
 }
 
-pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>) -> Engines {
+pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>, now: Timestamp) -> Engines {
     let mut seen = Engines::default();
     for pod in pods.iter().filter(|pod| stays(pod)) {
         let ready = is_ready(pod);
@@ -56,7 +58,7 @@ pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>) -> Engines {
             seen.unschedulable = unschedulable(pod).map(str::to_owned);
         }
         if !ready {
-            seen.trouble = worse(seen.trouble, trouble(pod));
+            seen.trouble = worse(seen.trouble, trouble(pod, now));
         }
     }
     seen
@@ -86,29 +88,26 @@ fn worse(
     }
 }
 
-fn trouble(pod: &Pod) -> Option<(Reason, String)> {
-    containers(pod).into_iter().find_map(|container| of_container(pod, container))
+fn trouble(pod: &Pod, now: Timestamp) -> Option<(Reason, String)> {
+    let of_containers =
+        containers(pod).into_iter().find_map(|container| of_container(pod, container));
+    of_containers.or_else(|| Some((Reason::VolumeNotMounted, unmounted(pod, now)?)))
+}
+
+/// When to look again at pods of which no watch tells that they wait too long for their volumes.
+pub fn look_again(pods: &[Arc<Pod>], now: Timestamp) -> Option<Duration> {
+    let left = pods.iter().filter(|pod| stays(pod)).filter_map(|pod| mount_patience_left(pod, now));
+    left.filter(|left| !left.is_zero()).min()
 }
 
 fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<(Reason, String)> {
     let pod = pod.name_any();
     let state = container.state.as_ref();
+    if let Some((reason, words)) = kept_waiting(container) {
+        return Some((reason.unwrap_or(Reason::EngineLoading), format!("pod {pod}: {words}")));
+    }
     let waiting = state.and_then(|state| state.waiting.as_ref());
     let waits_for = waiting.and_then(|waiting| waiting.reason.as_deref()).unwrap_or_default();
-    if matches!(
-        waits_for,
-        "ImagePullBackOff" | "ErrImagePull" | "InvalidImageName" | "ErrImageNeverPull"
-    ) {
-        let message = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or(waits_for);
-        return Some((Reason::ImagePullFailed, format!("pod {pod}: {message}")));
-    }
-    if matches!(
-        waits_for,
-        "CreateContainerConfigError" | "CreateContainerError" | "RunContainerError"
-    ) {
-        let message = waiting.and_then(|waiting| waiting.message.as_deref()).unwrap_or(waits_for);
-        return Some((Reason::EngineLoading, format!("pod {pod}: {waits_for}: {message}")));
-    }
     let last = container.last_state.as_ref().and_then(|last| last.terminated.as_ref());
     let ended = state.and_then(|state| state.terminated.as_ref()).or(last)?;
     if ended.exit_code == 0 {
@@ -121,7 +120,7 @@ fn of_container(pod: &Pod, container: &ContainerStatus) -> Option<(Reason, Strin
     }
     if ended.reason.as_deref() == Some("OOMKilled") {
         let message = format!(
-            "pod {pod}: container {} was killed for using more memory than its limit",
+            "pod {pod}: container {} was killed for using more memory than its limit: raise spec.resources.memory, which is that limit",
             container.name
         );
         return Some((Reason::OutOfDeviceMemory, message));

@@ -16,15 +16,16 @@ use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
 use crate::desired::model::Place;
-use crate::desired::{self, Identity, Settings, deployment, pod};
+use crate::desired::{self, Identity, Settings, deployment, pod, reach};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
+use crate::plan::{self, Neighbours, Update};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
-use crate::{events, fields, neighbours, plan, pods};
+use crate::{events, fields, neighbours, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -98,7 +99,9 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         }
     }
     tell(object, &identity, context, &pass).await?;
-    Ok(pass.again.map_or_else(Action::await_change, Action::requeue))
+    let pods = context.caches.observe(&identity.namespace, &identity.name).pods;
+    let again = pass.again.into_iter().chain(pods::look_again(&pods, now().0)).min();
+    Ok(again.map_or_else(Action::await_change, Action::requeue))
 }
 
 /// From a valid spec to the children.
@@ -115,9 +118,13 @@ async fn forward(
     let answering = revision::answering(&revisions, &digest);
     let deployed = revision::deployed_hash(seen.deployment.as_deref());
 
-    let decided = match answering {
-        Some(revision) => keep(spec, revision, identity, context, pass).await.map(Some),
-        None => decide(spec, digest, &revisions, identity, &seen, context, pass).await,
+    let decided = match (barred(spec, &context.settings), answering) {
+        (Some(barred), _) => {
+            pass.trouble = Some(barred);
+            Ok(None)
+        }
+        (None, Some(revision)) => keep(spec, revision, identity, context, pass).await.map(Some),
+        (None, None) => decide(spec, digest, &revisions, identity, &seen, context, pass).await,
     };
     // What cannot be decided anew leaves what runs in place, and in repair.
     let current = decided.as_ref().ok().and_then(Option::as_ref);
@@ -125,13 +132,41 @@ async fn forward(
     pass.revision = current.or(revision::running(&revisions, deployed)).cloned();
     if let Some(standing) = &pass.revision {
         let replicas = if spec.suspend { 0 } else { spec.replicas };
-        stand(standing, replicas, identity, context).await?;
+        if within_bounds(standing, identity, &context.settings) || fewer(&seen, replicas) {
+            stand(standing, replicas, identity, context).await?;
+        }
         if pass.revision_is_current {
-            let settled = pods::engines(&seen.pods, Some(&standing.hash)).settled(replicas);
+            let engines = pods::engines(&seen.pods, Some(&standing.hash), now().0);
+            let settled = engines.settled(replicas);
             tidy(standing, &revisions, settled, identity, context).await?;
         }
     }
     decided.map(|_| ())
+}
+
+/// Whether this operator may render a revision: one that was allowed once may reach out of its pods. Of such a one nothing
+/// is rendered any more. What runs is left alone, so that starting the operator anew ends nothing that serves.
+fn within_bounds(standing: &Revision, identity: &Identity, settings: &Settings) -> bool {
+    settings.allow_host_path
+        || !reach::template_reaches_out(&standing.content.pod_template, &identity.name)
+}
+
+/// Fewer pods than there are may always be asked for.
+fn fewer(seen: &Seen, replicas: u32) -> bool {
+    let asked_for = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
+    asked_for.is_some_and(|asked_for| i64::from(replicas) < i64::from(asked_for))
+}
+
+/// What a spec may not have under this operator: whatever reaches out of its pod.
+fn barred(spec: &Spec, settings: &Settings) -> Option<Said> {
+    if settings.allow_host_path {
+        return None;
+    }
+    if matches!(spec.source, Source::File { .. }) {
+        return Some(status::source_not_allowed());
+    }
+    let field = spec.pod_template.as_ref().and_then(reach::reaches_out)?;
+    Some(status::overlay_not_allowed(&field))
 }
 
 /// The spec was decided on before: only its download is looked after.
@@ -165,17 +200,10 @@ async fn decide(
     context: &Context,
     pass: &mut Pass,
 ) -> Result<Option<Revision>, ApplyError> {
-    if matches!(spec.source, Source::File { .. }) && !context.settings.allow_host_path {
-        pass.trouble = Some(status::source_not_allowed());
-        return Ok(None);
-    }
-    let escape = spec.pod_template.as_ref().and_then(pod::escape);
-    if let Some(field) = escape.filter(|_| !context.settings.allow_host_path) {
-        pass.trouble = Some(status::overlay_not_allowed(field));
-        return Ok(None);
-    }
     let key = facts::key(spec);
-    let (place, storage_note) = Place::choose(spec, &key, seen.nodes.len());
+    // Cordoned nodes and those kept for others take no pods.
+    let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
+    let (place, storage_note) = Place::choose(spec, &key, open);
     let note = storage_note.as_deref();
     let settings = &context.settings;
     let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
@@ -184,7 +212,12 @@ async fn decide(
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let outcome = plan::plan(spec, &facts, &nodes);
+    let mut outcome = plan::plan(spec, &facts, &nodes);
+    let update = outcome.chosen.as_mut().map(|chosen| {
+        let (update, said) = plan::room(spec, chosen, &nodes);
+        chosen.why.push_str(&format!("; {said}"));
+        update
+    });
     let Some(chosen) = &outcome.chosen else {
         pass.again = (!neighbours.asked.is_empty()).then_some(NEIGHBOURS_AGAIN);
         pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
@@ -206,6 +239,7 @@ async fn decide(
         model_key: key,
         shared_download: matches!(place, Place::Download { .. }),
         storage_note,
+        update: update.unwrap_or_default(),
         model: status::model(&facts),
         plan: plan::status(&outcome, chosen),
         pod_template: match &spec.pod_template {
@@ -247,7 +281,7 @@ async fn rehearsed(
     identity: &Identity,
     context: &Context,
 ) -> Result<serde_json::Value, ApplyError> {
-    let trial = deployment::deployment(identity, "rehearsal", &template, 0);
+    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge);
     let answered = context.writer().rehearse(&trial).await?;
     Ok(fields::settled(&template, &answered["spec"]["template"]))
 }

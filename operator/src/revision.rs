@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::apply::Want;
 use crate::desired::{Identity, names};
 use crate::fields::digest;
+use crate::plan::Update;
 
 /// Says by which renderer a revision was made. Never compared: an old template is as good as a new one.
 pub const TEMPLATE_VERSION: u32 = 1;
@@ -33,9 +34,17 @@ pub struct Content {
     /// What is to say about where the model lies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub storage_note: Option<String>,
+    /// How its pods take the places of older ones.
+    #[serde(default, skip_serializing_if = "is_surge")]
+    pub update: Update,
     pub model: ModelStatus,
     pub plan: PlanStatus,
     pub pod_template: Value,
+}
+
+/// As every revision was before there was a choice.
+fn is_surge(update: &Update) -> bool {
+    *update == Update::Surge
 }
 
 /// One committed revision.

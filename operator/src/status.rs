@@ -68,7 +68,7 @@ pub fn compute(
     now: &Time,
 ) -> LLMDeploymentStatus {
     let hash = found.revision.map(|revision| revision.hash.as_str());
-    let engines = pods::engines(found.pods, hash);
+    let engines = pods::engines(found.pods, hash, now.0);
     let said = conditions(found, &engines);
     let conditions = said
         .into_iter()
@@ -257,15 +257,7 @@ pub fn model_missing(model: &Model, key: &str) -> Said {
     match model {
         Model::Known(_) | Model::Told(_) => Said::yes(Reason::ModelFound, "the facts are known"),
         Model::Unseen => Said::no(Reason::Inspecting, format!("Job {job} was created")),
-        Model::Looking { message } if message.contains("persistentvolumeclaim") => {
-            Said::no(Reason::ClaimNotFound, message.as_str())
-        }
-        Model::Looking { message } if message.starts_with("downloading") => {
-            Said::no(Reason::Downloading, format!("{message} (Job {job})"))
-        }
-        Model::Looking { message } => {
-            Said::no(Reason::Inspecting, format!("{message} (Job {job})"))
-        }
+        Model::Looking { reason, message } => Said::no(*reason, format!("{message} (Job {job})")),
         Model::Failed { report, retry } => {
             let next =
                 if *retry { "it is tried again by itself" } else { "delete it to try again" };
@@ -280,7 +272,7 @@ pub fn source_not_allowed() -> Said {
     Said::no(Reason::SourceNotAllowed, message)
 }
 
-/// `field` of the overlay would let the author of a manifest reach the node.
+/// `field` of the overlay is none of those that keep within the pod.
 pub fn overlay_not_allowed(field: &str) -> Said {
     let message = format!(
         "spec.podTemplate sets {field}, which this operator does not allow: remove it, \

@@ -20,6 +20,8 @@ use crate::plan::{self, Plan};
 use crate::spec::Spec;
 use crate::{local, show};
 
+/// What the engine logs, as its own `logs` reads it.
+const ENGINE_LOG: &str = "PLIMSOLL_LOG";
 const READY_POLL: Duration = Duration::from_millis(25);
 /// Beyond the engine's own drain timeout, before it is killed.
 const DRAIN_MARGIN: Duration = Duration::from_secs(10);
@@ -54,7 +56,7 @@ fn prepare(args: &UpArgs) -> anyhow::Result<Prepared> {
     let engine = Engine::find(args.local.engine.as_deref())?;
     let directory = local::model_directory(&spec, &engine, &args.local)?;
     let facts = engine.inspect(&directory)?;
-    let outcome = plan::plan(&spec, &facts, &[local::machine()?]);
+    let outcome = local::plan_here(&spec, &facts, local::machine(&engine)?);
     eprintln!("{}", show::table(&spec, &facts, &outcome));
     let Some(plan) = outcome.chosen else { bail!("no plan fits this machine") };
     for note in notes(&spec) {
@@ -139,8 +141,12 @@ fn start(args: &UpArgs, prepared: &Prepared) -> anyhow::Result<Child> {
     if let Some(file) = &args.api_key_file {
         flags.extend(["--api-key-file".into(), file.into()]);
     }
-    let command = Command::from(engine.serve(directory, flags));
-    { command }.kill_on_drop(true).spawn().context("cannot start the engine")
+    let mut command = Command::from(engine.serve(directory, flags));
+    if std::env::var_os(ENGINE_LOG).is_none() {
+        // We tell of start, readiness and drain ourselves.
+        command.env(ENGINE_LOG, "warn");
+    }
+    command.kill_on_drop(true).spawn().context("cannot start the engine")
 }
 
 /// An unspecified address is reached through loopback.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
     Cpu,
+    Cuda,
 }
 
 /// Type in which a backend computes and keeps weights or KV pages.
@@ -14,13 +15,14 @@ pub enum Backend {
 pub enum Dtype {
     F32,
     F16,
+    Bf16,
 }
 
 impl Dtype {
     pub fn bytes(self) -> u64 {
         match self {
             Dtype::F32 => 4,
-            Dtype::F16 => 2,
+            Dtype::F16 | Dtype::Bf16 => 2,
         }
     }
 
@@ -29,6 +31,7 @@ impl Dtype {
         match self {
             Dtype::F32 => "f32",
             Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
         }
     }
 }
@@ -45,7 +48,15 @@ pub struct Ability {
 pub const ABILITIES: &[Ability] = &[
     Ability { backend: Backend::Cpu, weights: Dtype::F32, kv: Dtype::F32 },
     Ability { backend: Backend::Cpu, weights: Dtype::F16, kv: Dtype::F16 },
+    Ability { backend: Backend::Cuda, weights: Dtype::Bf16, kv: Dtype::Bf16 },
 ];
 
 /// Tokens in one KV page.
 pub const PAGE_TOKENS: u32 = 64;
+
+/// The oldest cards that the CUDA kernels are made for: compute capability 8.0.
+pub const CUDA_COMPUTE_MAJOR_MIN: u64 = 8;
+/// The oldest driver that loads the CUDA kernels, by the CUDA it brings.
+pub const CUDA_MAJOR_MIN: u64 = 13;
+/// The widest head that the CUDA kernels take.
+pub const CUDA_HEAD_DIM_MAX: u32 = 128;

@@ -23,13 +23,15 @@ pub enum ExitReason {
     CorruptWeights,
     /// The device stopped answering.
     DeviceLost,
+    /// The file of API keys is missing, unreadable or holds none.
+    ApiKeysUnusable,
     /// A defect of ours.
     Internal,
 }
 
 impl ExitReason {
     /// Every reason, in order of [`code`](Self::code).
-    pub const ALL: [ExitReason; 8] = [
+    pub const ALL: [ExitReason; 9] = [
         ExitReason::DoesNotFit,
         ExitReason::OutOfDeviceMemory,
         ExitReason::ModelNotFound,
@@ -37,6 +39,7 @@ impl ExitReason {
         ExitReason::UnsupportedModel,
         ExitReason::CorruptWeights,
         ExitReason::DeviceLost,
+        ExitReason::ApiKeysUnusable,
         ExitReason::Internal,
     ];
 
@@ -50,6 +53,7 @@ impl ExitReason {
             ExitReason::UnsupportedModel => 14,
             ExitReason::CorruptWeights => 15,
             ExitReason::DeviceLost => 16,
+            ExitReason::ApiKeysUnusable => 17,
             ExitReason::Internal => 70,
         }
     }
@@ -61,7 +65,8 @@ impl ExitReason {
             | ExitReason::ModelNotFound
             | ExitReason::ModelUnauthorized
             | ExitReason::UnsupportedModel
-            | ExitReason::CorruptWeights => true,
+            | ExitReason::CorruptWeights
+            | ExitReason::ApiKeysUnusable => true,
             ExitReason::OutOfDeviceMemory | ExitReason::DeviceLost | ExitReason::Internal => false,
         }
     }

@@ -79,6 +79,9 @@ pub struct ModelFacts {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sliding_window: Option<SlidingWindow>,
     pub chat_template: bool,
+    /// Length of tokenizer.json; zero where it is not known.
+    #[serde(default)]
+    pub tokenizer_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,4 +89,31 @@ pub struct ModelFacts {
 pub struct SlidingWindow {
     pub tokens: u32,
     pub layers: u32,
+}
+
+/// What `plimsoll-engine inspect --device` knows of a machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceFacts {
+    /// The GPU that `serve` would use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
+    /// One sentence, where there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub why_none: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Gpu {
+    /// As its driver gives it.
+    pub name: String,
+    pub memory_bytes: u64,
+    /// At the time of asking, with the asking process's own context counted as used.
+    pub memory_free_bytes: u64,
+    /// As `9.0`.
+    pub compute_capability: String,
+    pub multiprocessors: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
 }

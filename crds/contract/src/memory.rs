@@ -3,11 +3,36 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::abilities::{Ability, PAGE_TOKENS};
+use crate::abilities::{Ability, Backend, PAGE_TOKENS};
 use crate::facts::ModelFacts;
 
-/// Bytes a process needs beside weights, KV and workspace: code, runtime, tokenizer, HTTP buffers.
-pub const PROCESS_BYTES: u64 = 96 << 20;
+/// What the bodies of all requests may hold before they are tokens, beside the first 8 KiB of each: the engine refuses
+/// those beyond. Part of [`process_bytes`].
+pub const BODIES_BYTES_MAX: u64 = 32 << 20;
+
+/// Code, runtime, sockets, requests that are being read, and a tokenizer of up to [`TOKENIZER_BYTES_INCLUDED`].
+const PROCESS_BYTES: u64 = 96 << 20;
+const TOKENIZER_BYTES_INCLUDED: u64 = 1 << 20;
+/// What a byte of tokenizer.json takes while it is read: 9 where merges are strings, 14 where they are pairs
+/// (docs/perf.md, Start-up and memory).
+const TOKENIZER_FACTOR: u64 = 14;
+/// Bytes of tokenizer.json for each token, for facts that do not know its length.
+const TOKEN_BYTES: u64 = 64;
+
+/// Bytes a process needs beside weights, KV and workspace: on a CPU code, runtime, tokenizer and HTTP buffers; on a
+/// device loaded kernels and recorded graphs. (The device's context is gone before its free memory is read.)
+pub fn process_bytes(facts: &ModelFacts, backend: Backend) -> u64 {
+    match backend {
+        Backend::Cpu => {
+            let tokenizer = match facts.tokenizer_bytes {
+                0 => u64::from(facts.vocabulary) * TOKEN_BYTES,
+                bytes => bytes,
+            };
+            PROCESS_BYTES + TOKENIZER_FACTOR * tokenizer.saturating_sub(TOKENIZER_BYTES_INCLUDED)
+        }
+        Backend::Cuda => 256 << 20,
+    }
+}
 
 /// What a step may hold at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,28 +61,82 @@ impl MemoryPlan {
     }
 }
 
-/// Weights as the backend keeps them: every parameter in the compute type. A tied head shares the embedding.
+/// Weights as the backend keeps them: every parameter in the compute type; on a device padded to whole tiles. A tied
+/// head shares the embedding.
 pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
-    facts.parameters.total() * ability.weights.bytes()
+    match ability.backend {
+        Backend::Cpu => facts.parameters.total() * ability.weights.bytes(),
+        Backend::Cuda => cuda_parameters(facts) * ability.weights.bytes(),
+    }
+}
+
+/// Columns and rows of stored matrices come in panels of this many.
+const PANEL: u64 = 64;
+
+/// The width at which the CUDA kernels keep a head: 64 or 128 (wider ones they refuse).
+pub fn cuda_head_width(head_dim: u32) -> u64 {
+    u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
+}
+
+fn cuda_parameters(facts: &ModelFacts) -> u64 {
+    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
+    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
+    let head = cuda_head_width(facts.head_dim);
+    let heads = u64::from(2 * facts.heads + 2 * facts.kv_heads);
+    let layer = hidden * (heads * head + 3 * intermediate);
+    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL) * hidden;
+    let ends = if facts.tied_head { vocabulary } else { 2 * vocabulary };
+    u64::from(facts.layers) * layer + ends + facts.parameters.norm
 }
 
 /// K and V of one token over all layers.
 pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
-    2 * u64::from(facts.layers)
-        * u64::from(facts.kv_heads)
-        * u64::from(facts.head_dim)
-        * ability.kv.bytes()
+    let head = match ability.backend {
+        Backend::Cpu => u64::from(facts.head_dim),
+        Backend::Cuda => cuda_head_width(facts.head_dim),
+    };
+    2 * u64::from(facts.layers) * u64::from(facts.kv_heads) * head * ability.kv.bytes()
+}
+
+/// What a backend computes one step in.
+pub fn workspace_bytes(facts: &ModelFacts, ability: Ability, limits: StepLimits) -> u64 {
+    match ability.backend {
+        Backend::Cpu => cpu_workspace_bytes(facts, limits),
+        Backend::Cuda => cuda_workspace_bytes(facts, limits),
+    }
 }
 
 /// Activations of one step at its largest: the widest live set of a layer (hidden in and out, q/k/v, gate and up), in
 /// f32, for `step_tokens_max` rows, plus f32 logits for `running_max` rows twice (raw and processed).
-pub fn workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
+fn cpu_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
     let row = 3 * u64::from(facts.hidden)
         + 2 * u64::from(facts.heads) * u64::from(facts.head_dim)
         + 2 * u64::from(facts.kv_heads) * u64::from(facts.head_dim)
         + 3 * u64::from(facts.intermediate);
     let logits = 2 * u64::from(limits.running_max) * u64::from(facts.vocabulary);
     4 * (u64::from(limits.step_tokens_max) * row + logits)
+}
+
+/// Rows of activations come in as many as the widest tile has.
+const CUDA_ROWS: u64 = 256;
+
+/// bf16 activations of every kind once (residual, normed, q/k/v, attended, gated) and sums of squares; f32 logits (raw and
+/// processed), the hidden states they come from and counts of seen tokens for `running_max` rows; cosines and sines of every position.
+fn cuda_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
+    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
+    let head = cuda_head_width(facts.head_dim);
+    let (heads, kv_heads) = (u64::from(facts.heads), u64::from(facts.kv_heads));
+    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
+    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL);
+    let running = u64::from(limits.running_max).next_multiple_of(CUDA_ROWS);
+    let rows =
+        u64::from(limits.step_tokens_max.max(limits.running_max)).next_multiple_of(CUDA_ROWS);
+    let row =
+        2 * (2 * hidden + (2 * heads + 2 * kv_heads) * head + intermediate) + hidden / PANEL * 4;
+    let head_row = vocabulary * 8 + vocabulary / PANEL * 8 + hidden * 2 + hidden / PANEL * 4;
+    let seen = u64::from(limits.running_max) * vocabulary * 2;
+    let rope = u64::from(facts.context_tokens) * head / 2 * 8;
+    rows * row + running * head_row + seen + rope
 }
 
 /// KV bytes for at least `tokens` tokens, in whole pages.
@@ -77,8 +156,8 @@ pub fn plan(
     let kv_tokens = kv_tokens.div_ceil(u64::from(PAGE_TOKENS)) * u64::from(PAGE_TOKENS);
     MemoryPlan {
         weights: weights_bytes(facts, ability),
-        workspace: workspace_bytes(facts, limits),
-        process: PROCESS_BYTES,
+        workspace: workspace_bytes(facts, ability, limits),
+        process: process_bytes(facts, ability.backend),
         kv: kv_bytes(facts, ability, kv_tokens),
         kv_tokens,
     }

@@ -77,6 +77,12 @@ pub const WEIGHTS_LOAD_SECONDS: &str = "plimsoll_weights_load_seconds";
 pub const WEIGHTS_BYTES: &str = "plimsoll_weights_bytes";
 pub const KV_CACHE_BYTES: &str = "plimsoll_kv_cache_bytes";
 
+// Ours alone: what computes.
+/// Always 1; the labels `device`, `driver` and `compute_capability` carry the news.
+pub const DEVICE_INFO: &str = "plimsoll_device_info";
+/// By `kind`: total, or free when the engine became ready.
+pub const DEVICE_MEMORY_BYTES: &str = "plimsoll_device_memory_bytes";
+
 // Bucket bounds are those of the aliases' first owner, so that quantiles compare.
 
 /// Bounds of time to first token, in seconds.

@@ -1,7 +1,10 @@
 //! The one seam between the step loop and whatever computes: a whole step goes in, sampled tokens come out. Single ops
 //! are private to a backend. Two implementations stand behind it: the CPU one and, in tests, a scripted one.
 
+mod check;
 pub mod cpu;
+pub mod cuda;
+pub mod place;
 #[doc(hidden)]
 pub mod scripted;
 
@@ -30,6 +33,13 @@ impl KvLayout {
         let per_layer = 2 * self.kv_heads as u64 * u64::from(PAGE_TOKENS) * self.head_dim as u64;
         per_layer * self.dtype.bytes() * self.groups[group].layers.len() as u64
     }
+}
+
+/// How far loading is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadProgress {
+    pub layers_done: usize,
+    pub layers: usize,
 }
 
 /// A submitted step; `collect` takes them in order of submission.

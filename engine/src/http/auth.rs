@@ -10,6 +10,7 @@ use axum::extract::{Request, State};
 use axum::http::header;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use plimsoll_contract::exit::{ExitReason, ExitReport};
 use sha2::{Digest, Sha256};
 
 use crate::http::errors::ApiError;
@@ -17,11 +18,18 @@ use crate::http::state::App;
 
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
-    #[error("failed to read the API keys in {}: {source}", path.display())]
+    #[error("failed to read the API keys in {}: {source}; write one per line", path.display())]
     Unreadable { path: PathBuf, source: std::io::Error },
     /// Every request would be refused, or, read differently, none.
     #[error("{} holds no API key; write one per line", .0.display())]
     Empty(PathBuf),
+}
+
+impl KeysError {
+    /// Whoever wrote the file, or forgot to, must act.
+    pub fn report(&self) -> ExitReport {
+        ExitReport { reason: ExitReason::ApiKeysUnusable, message: self.to_string() }
+    }
 }
 
 pub struct ApiKeys {
@@ -109,5 +117,23 @@ mod tests {
         assert!(keys.admit(Some("Bearer third")));
         assert!(matches!(ApiKeys::open(&path), Err(KeysError::Empty(_))));
         std::fs::remove_file(&path).unwrap();
+    }
+
+    #[test]
+    fn a_file_without_keys_ends_the_process_with_a_reason_that_a_person_can_mend() {
+        let dir = std::env::temp_dir().join(format!("plimsoll-no-keys-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (empty, binary) = (dir.join("empty"), dir.join("binary"));
+        std::fs::write(&empty, " \n\n").unwrap();
+        std::fs::write(&binary, [0xff, 0xfe, 0x00]).unwrap();
+        // A directory is what a forgotten mount leaves behind.
+        for path in [&empty, &binary, &dir, &dir.join("missing")] {
+            let report = ApiKeys::open(path).map(drop).unwrap_err().report();
+            assert_eq!(report.reason, ExitReason::ApiKeysUnusable);
+            assert!(report.reason.needs_a_person());
+            assert!(report.message.contains(path.to_str().unwrap()), "{}", report.message);
+            assert!(report.message.contains("one per line"), "{}", report.message);
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 }

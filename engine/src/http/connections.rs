@@ -1,11 +1,13 @@
 //! The server's sockets. Enters: a listener. Leaves: requests to the router, answers to clients. Bounds what a client
 //! may hold: the number of connections, the time for a request's head, the time of doing nothing, and the time of not
-//! reading an answer. Bodies and requests have their own bounds; here nothing is known of them.
+//! reading an answer. When all seats are taken, a newcomer gets that of the longest idle. Bodies and requests have their own
+//! bounds; here nothing is known of them.
+
+mod seats;
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -22,9 +24,10 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::http::connections::seats::{Activities, Activity, Phase, Seat, Seats};
 use crate::http::errors::ApiError;
 
 /// Bounds of the server's sockets.
@@ -35,6 +38,8 @@ pub struct ConnectionLimits {
     pub head_time_max: Duration,
     /// Between requests; longer than common clients pool a connection, so that they and not we close it.
     pub idle_time_max: Duration,
+    /// Where all seats are taken, a connection that has been idle for this long gives way to a newcomer.
+    pub idle_time_min: Duration,
     /// For a client to take the next byte of an answer; one that stopped reading loses its request.
     pub write_time_max: Duration,
 }
@@ -45,6 +50,7 @@ impl Default for ConnectionLimits {
             connections_max: 4096,
             head_time_max: Duration::from_secs(10),
             idle_time_max: Duration::from_secs(120),
+            idle_time_min: Duration::from_secs(1),
             write_time_max: Duration::from_secs(60),
         }
     }
@@ -52,6 +58,8 @@ impl Default for ConnectionLimits {
 
 /// Connections above the limit that still get an answer: probes theirs, requests a 503.
 const SPARE_CONNECTIONS_MAX: usize = 64;
+/// Those are for who knows what it wants: time to ask for it, or to take the answer.
+const SPARE_TIME_MAX: Duration = Duration::from_secs(1);
 /// Bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 64 << 10;
 const HEADERS_MAX: usize = 128;
@@ -66,8 +74,14 @@ pub async fn serve(
     limits: ConnectionLimits,
     mut closing: watch::Receiver<bool>,
 ) {
-    let regular = Arc::new(Semaphore::new(limits.connections_max));
-    let spare = Arc::new(Semaphore::new(SPARE_CONNECTIONS_MAX));
+    let regular = Seats::new(limits.connections_max);
+    let spare = Seats::new(SPARE_CONNECTIONS_MAX);
+    let spare_limits = ConnectionLimits {
+        head_time_max: limits.head_time_max.min(SPARE_TIME_MAX),
+        idle_time_max: limits.idle_time_max.min(SPARE_TIME_MAX),
+        write_time_max: limits.write_time_max.min(SPARE_TIME_MAX),
+        ..limits
+    };
     let refusing = router.clone().layer(middleware::from_fn(refuse_api));
     let mut stop = closing.clone();
     let mut stopped = pin!(stop.wait_for(|closing| *closing));
@@ -76,23 +90,19 @@ pub async fn serve(
             _ = &mut stopped => break,
             accepted = accept(&listener) => accepted,
         };
-        let (permit, router) = match regular.clone().try_acquire_owned() {
-            Ok(permit) => (permit, router.clone()),
-            Err(_) => match spare.clone().try_acquire_owned() {
-                Ok(permit) => (permit, refusing.clone()),
-                Err(_) => continue,
+        let (seat, router, limits) = match regular.take_or_vacate(limits.idle_time_min).await {
+            Some(seat) => (seat, router.clone(), limits),
+            None => match spare.take_or_vacate(Duration::ZERO).await {
+                Some(seat) => (seat, refusing.clone(), spare_limits),
+                None => continue,
             },
         };
-        tokio::spawn(connection(stream, router, limits, closing.clone(), permit));
+        tokio::spawn(connection(stream, router, limits, closing.clone(), seat));
     }
     drop(listener);
     // Whoever holds the sender waits for this function no longer than it wants to.
-    let all = |semaphore: Arc<Semaphore>, count: usize| async move {
-        let count = u32::try_from(count).expect("limits are small");
-        drop(semaphore.acquire_many(count).await);
-    };
-    all(regular, limits.connections_max).await;
-    all(spare, SPARE_CONNECTIONS_MAX).await;
+    regular.all_free().await;
+    spare.all_free().await;
     closing.mark_unchanged();
 }
 
@@ -125,22 +135,6 @@ async fn refuse_api(request: Request, next: Next) -> Response {
     response
 }
 
-/// What a connection is doing, and since when.
-#[derive(Clone, Copy, Debug)]
-enum Phase {
-    Idle(Instant),
-    Head(Instant),
-    /// A request is in its handler or its answer is being sent.
-    Busy,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Activity {
-    phase: Phase,
-    /// Since when the client takes nothing of what waits to be written, if so.
-    unread_since: Option<Instant>,
-}
-
 impl Activity {
     /// When the connection will have been at it for too long, and what to call that.
     fn deadline(self, limits: ConnectionLimits) -> Option<(Instant, &'static str)> {
@@ -151,22 +145,20 @@ impl Activity {
             Phase::Idle(since) => Some((since + limits.idle_time_max, "nothing was asked")),
             Phase::Head(since) => Some((since + limits.head_time_max, "a head came too slowly")),
             Phase::Busy => None,
+            Phase::Leaving(since) => Some((since, "its seat was wanted")),
         }
     }
 }
-
-type Activities = Arc<watch::Sender<Activity>>;
 
 async fn connection(
     stream: TcpStream,
     router: Router,
     limits: ConnectionLimits,
     mut closing: watch::Receiver<bool>,
-    _permit: OwnedSemaphorePermit,
+    seat: Seat,
 ) {
-    let begin = Activity { phase: Phase::Idle(Instant::now()), unread_since: None };
-    let (activities, mut activity) = watch::channel(begin);
-    let activities: Activities = Arc::new(activities);
+    let activities = seat.activities.clone();
+    let mut activity = activities.subscribe();
     let io = TokioIo::new(Watched { stream, activities: activities.clone() });
     let router = TowerToHyperService::new(router);
     let service = service_fn(|request: hyper::Request<Incoming>| {
@@ -180,6 +172,8 @@ async fn connection(
         .header_read_timeout(None)
         .max_header_size(HEAD_BYTES_MAX)
         .max_headers(HEADERS_MAX)
+        // A head has to fit; hyper alone would read up to 400 KiB ahead.
+        .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(io, service);
     let mut connection = pin!(connection);
     let mut told_to_close = false;

@@ -3,6 +3,7 @@
 
 pub mod admin;
 pub mod auth;
+pub mod body;
 pub mod chat;
 pub mod completions;
 pub mod connections;
@@ -18,15 +19,15 @@ pub mod tokens;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 
+pub use crate::http::body::BODY_BYTES_MAX;
 use crate::http::completions::Echo;
 use crate::http::errors::ApiError;
 use crate::http::generation::Generation;
@@ -34,8 +35,6 @@ use crate::http::params::StreamOptions;
 pub use crate::http::state::{App, Chance, Served};
 use crate::request::Request as EngineRequest;
 
-/// Bytes of a request's body.
-pub const BODY_BYTES_MAX: usize = 8 << 20;
 /// Time for a body to become tokens, waiting for a core included.
 const PREPARING_SECONDS_MAX: u64 = 60;
 /// What a client is told to wait while the model loads.
@@ -177,7 +176,7 @@ async fn ready_to_run(
 ) -> Result<(Arc<Served>, Prepared), ApiError> {
     let served = served(app)?;
     served.engine.has_room()?;
-    let body = read_body(app, request).await?;
+    let body = body::read(app, request).await?;
     let chance = Chance::now();
     let prepared = on_blocking_thread(app, &served, move |served| prepare(&body, served, &chance));
     Ok((served.clone(), prepared.await?))
@@ -219,19 +218,6 @@ pub async fn on_blocking_thread<T: Send + 'static>(
         )),
         Ok(Err(_)) => Err(ApiError::internal("preparing the prompt failed; this is a defect")),
         Ok(Ok(result)) => result,
-    }
-}
-
-pub async fn read_body(app: &App, request: Request) -> Result<Bytes, ApiError> {
-    let limited = Limited::new(request.into_body(), BODY_BYTES_MAX);
-    let read = limited.collect();
-    match tokio::time::timeout(app.body_time_max, read).await {
-        Err(_) => Err(ApiError::body_too_slow(app.body_time_max)),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(ApiError::body_too_large(BODY_BYTES_MAX))
-        }
-        Ok(Err(error)) => Err(ApiError::invalid(format!("the body could not be read: {error}"))),
-        Ok(Ok(body)) => Ok(body.to_bytes()),
     }
 }
 

@@ -13,6 +13,7 @@ use crate::batch::TokenId;
 use crate::chat_template::ChatTemplate;
 use crate::http::Identity;
 use crate::http::auth::ApiKeys;
+use crate::http::body::BodyBudget;
 use crate::http::errors::ApiError;
 use crate::http::openai::Model;
 use crate::metrics::Metrics;
@@ -92,6 +93,8 @@ pub struct App {
     pub keys: Option<ApiKeys>,
     /// Time for a request's body to arrive.
     pub body_time_max: Duration,
+    /// What all bodies may hold together.
+    pub bodies: BodyBudget,
     /// When a step has taken too long.
     pub pulse_limits: PulseLimits,
     created: u64,
@@ -108,6 +111,7 @@ impl App {
             name,
             keys,
             body_time_max: BODY_TIME_MAX,
+            bodies: BodyBudget::default(),
             pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),

@@ -12,14 +12,14 @@ use crate::http::fields::{self, Fields};
 use crate::http::openai::token_text;
 use crate::http::params::token_ids;
 use crate::http::state::{App, Chance, Served};
-use crate::http::{on_blocking_thread, read_body, served};
+use crate::http::{body, on_blocking_thread, served};
 
 pub async fn tokenize(
     State(app): State<Arc<App>>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let served = served(&app)?;
-    let body = read_body(&app, request).await?;
+    let body = body::read(&app, request).await?;
     let now = Chance::now().now_unix_seconds;
     on_blocking_thread(&app, &served, move |served| tokens_of(&body, served, now)).await.map(Json)
 }
@@ -29,7 +29,7 @@ pub async fn detokenize(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let served = served(&app)?;
-    let body = read_body(&app, request).await?;
+    let body = body::read(&app, request).await?;
     on_blocking_thread(&app, &served, move |served| text_of(&body, served)).await.map(Json)
 }
 

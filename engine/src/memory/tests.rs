@@ -28,6 +28,7 @@ fn facts() -> ModelFacts {
         tied_head: true,
         sliding_window: None,
         chat_template: true,
+        tokenizer_bytes: 1 << 20,
     }
 }
 
@@ -58,6 +59,18 @@ fn a_refusal_shows_every_summand_and_the_remedy() {
     }
     let error = fit(&facts(), CPU, LIMITS, Some(1 << 20), 8 * GIB, 8192).unwrap_err().to_string();
     assert!(error.contains("1048576 tokens") && error.contains("--kv-tokens"), "{error}");
+}
+
+#[test]
+fn a_large_tokenizer_is_part_of_the_process_share() {
+    let process = |tokenizer_bytes| {
+        let facts = ModelFacts { tokenizer_bytes, ..facts() };
+        fit(&facts, CPU, LIMITS, Some(64), 8 * GIB, 8192).unwrap().process
+    };
+    assert_eq!(process(200 << 10), 96 << 20);
+    assert_eq!(process(9 << 20), (96 + 8 * 14) << 20);
+    // Facts that do not know its length take what a vocabulary of this size usually has.
+    assert_eq!(process(0), (96 << 20) + 14 * (128_256 * 64 - (1 << 20)));
 }
 
 /// A root directory with what the kernel would show.

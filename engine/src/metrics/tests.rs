@@ -92,22 +92,55 @@ fn every_reason_to_finish_is_there_before_anybody_has() {
     }
 }
 
+/// As the aliases' first owner has them; token counts as for a model of 1,024 tokens.
+const FIRST_TOKEN: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1., 2.5, 5., 7.5, 10., 20.,
+    40., 80., 160., 640., 2560.,
+];
+const BETWEEN_TOKENS: &[f64] = &[
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1., 2.5, 5., 7.5, 10., 20., 40.,
+    80.,
+];
+const REQUEST: &[f64] = &[
+    0.3, 0.5, 0.8, 1., 1.5, 2., 2.5, 5., 10., 15., 20., 30., 40., 50., 60., 120., 240., 480., 960.,
+    1920., 7680.,
+];
+const TOKENS: &[f64] = &[1., 2., 5., 10., 20., 50., 100., 200., 500., 1000.];
+const ROWS: &[f64] = &[1., 8., 16., 32., 64., 128., 256., 512., 1024., 2048., 4096., 8192., 16384.];
+const CHOICES: &[f64] = &[1., 2., 5., 10., 20.];
+
 #[test]
-fn bucket_bounds_are_those_that_dashboards_know() {
+fn the_bounds_of_every_histogram_are_those_that_dashboards_know() {
     let text = all().render();
-    let bounds = |name: &str| -> Vec<String> {
-        let start = format!("{name}_bucket{{");
-        let lines = text.lines().filter(|line| line.starts_with(&start));
-        let bound = |line: &str| line.split(r#"le=""#).nth(1)?.split('"').next().map(str::to_owned);
-        lines.filter_map(bound).collect()
-    };
-    let first_token = bounds("vllm:time_to_first_token_seconds");
-    assert_eq!(first_token.len(), 23);
-    assert_eq!(first_token[..3], ["0.001", "0.005", "0.01"]);
-    assert_eq!(first_token[20..], ["640", "2560", "+Inf"]);
-    assert_eq!(bounds("vllm:inter_token_latency_seconds").len(), 20);
-    let tokens = bounds("vllm:request_prompt_tokens");
-    assert_eq!(tokens, ["1", "2", "5", "10", "20", "50", "100", "200", "500", "1000", "+Inf"]);
+    let expected = BTreeMap::from([
+        ("time_to_first_token_seconds", FIRST_TOKEN),
+        ("inter_token_latency_seconds", BETWEEN_TOKENS),
+        ("request_time_per_output_token_seconds", BETWEEN_TOKENS),
+        ("e2e_request_latency_seconds", REQUEST),
+        ("request_queue_time_seconds", REQUEST),
+        ("request_prefill_time_seconds", REQUEST),
+        ("request_decode_time_seconds", REQUEST),
+        ("request_inference_time_seconds", REQUEST),
+        ("request_prompt_tokens", TOKENS),
+        ("request_generation_tokens", TOKENS),
+        ("request_max_num_generation_tokens", TOKENS),
+        ("request_params_n", CHOICES),
+        ("request_params_max_tokens", TOKENS),
+        ("iteration_tokens_total", ROWS),
+    ]);
+    let mut found = BTreeMap::<&str, Vec<f64>>::new();
+    for line in text.lines().filter(|line| line.contains("_bucket{")) {
+        let (name, labels) = line.split_once("_bucket{").unwrap();
+        let bound = labels.split_once(r#"le=""#).unwrap().1.split('"').next().unwrap();
+        found.entry(name).or_default().push(bound.parse().unwrap());
+    }
+    assert_eq!(found.len(), 2 * expected.len(), "a histogram that this test does not know");
+    for (name, bounds) in expected {
+        let all: Vec<f64> = bounds.iter().copied().chain([f64::INFINITY]).collect();
+        for prefix in ["plimsoll_", "vllm:"] {
+            assert_eq!(found[format!("{prefix}{name}").as_str()], all, "{prefix}{name}");
+        }
+    }
 }
 
 #[test]
@@ -129,4 +162,38 @@ fn what_start_up_cost_is_shown_as_gauges() {
         let line = format!(r#"{name}{{engine="0",model_name="m"}} {value}"#);
         assert!(text.lines().any(|found| found == line), "{line}");
     }
+}
+
+#[test]
+fn the_device_shows_its_name_driver_and_memory_and_a_cpu_only_itself() {
+    let gpu = Gpu {
+        name: "NVIDIA H200".into(),
+        memory_bytes: 150,
+        memory_free_bytes: 50,
+        compute_capability: "9.0".into(),
+        multiprocessors: 132,
+        driver: Some("580.95".into()),
+    };
+    let metrics = all();
+    metrics.device_is(Some(&gpu));
+    let text = metrics.render();
+    for line in [
+        r#"plimsoll_device_info{compute_capability="9.0",device="NVIDIA H200",driver="580.95",engine="0",model_name="m"} 1"#,
+        r#"plimsoll_device_memory_bytes{engine="0",kind="total",model_name="m"} 150"#,
+        r#"plimsoll_device_memory_bytes{engine="0",kind="free",model_name="m"} 50"#,
+    ] {
+        let found = |found: &str| sorted(found) == sorted(line);
+        assert!(text.lines().any(found), "{line} in {text}");
+    }
+    let metrics = all();
+    metrics.device_is(None);
+    let text = metrics.render();
+    assert!(text.contains(r#"device="CPU""#) && !text.contains("device_memory_bytes"), "{text}");
+}
+
+/// A series with its labels in one order.
+fn sorted(line: &str) -> Vec<&str> {
+    let mut parts: Vec<&str> = line.split(['{', ',', '}']).collect();
+    parts.sort_unstable();
+    parts
 }

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use plimsoll_contract::exit::{ExitReason, ExitReport};
 
+use plimsoll_kernels::device::DeviceError;
+
 use crate::memory::DoesNotFit;
 
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +32,8 @@ pub enum LoadError {
     CorruptWeights { file: PathBuf, tensor: Option<String>, expected: String, found: String },
     #[error(transparent)]
     DoesNotFit(#[from] DoesNotFit),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("the system refused {bytes} bytes for {purpose}: {source}")]
     OutOfDeviceMemory { purpose: &'static str, bytes: u64, source: std::io::Error },
 }
@@ -49,6 +53,7 @@ impl LoadError {
             LoadError::CorruptWeights { .. } => ExitReason::CorruptWeights,
             LoadError::DoesNotFit(_) => ExitReason::DoesNotFit,
             LoadError::OutOfDeviceMemory { .. } => ExitReason::OutOfDeviceMemory,
+            LoadError::Device(_) => ExitReason::DeviceLost,
         }
     }
 

@@ -7,6 +7,7 @@ mod error;
 mod families;
 pub(crate) mod files;
 mod layers;
+mod named;
 mod weights;
 
 use std::collections::BTreeMap;
@@ -19,12 +20,16 @@ pub use error::LoadError;
 pub use layers::{
     Attention, Layer, LayerTensors, Linear, Mlp, Plan, Role, Sight, Split, TensorSpec,
 };
+pub use named::{NAMES, named};
 pub use weights::{Shard, Stored, TensorView, Weights};
 
 use crate::batch::TokenId;
 
 /// Where `fetch` writes the commit it downloaded.
 pub const REVISION_FILE: &str = ".plimsoll-revision";
+
+/// The only format of tokenizers that is read.
+pub const TOKENIZER_FILE: &str = "tokenizer.json";
 
 /// A checkpoint whose every tensor is known to be there in the right shape; no weight has been read yet.
 #[derive(Debug)]
@@ -57,14 +62,25 @@ impl Checkpoint {
 }
 
 fn facts(dir: &Path, config: &Config, plan: &Plan, weights: &Weights) -> ModelFacts {
+    ModelFacts {
+        revision: revision(dir),
+        disk_bytes: weights.disk_bytes(),
+        chat_template: has_chat_template(dir),
+        tokenizer_bytes: std::fs::metadata(dir.join(TOKENIZER_FILE)).map_or(0, |file| file.len()),
+        ..facts_of(config, plan)
+    }
+}
+
+/// What a config alone tells: no file, so no bytes on disk, no revision and no template.
+pub fn facts_of(config: &Config, plan: &Plan) -> ModelFacts {
     let windowed: Vec<u32> =
         config.windows.iter().filter_map(|window| window.map(|tokens| tokens as u32)).collect();
     ModelFacts {
         family: config.family,
         architecture: config.architecture.to_owned(),
-        revision: revision(dir),
+        revision: None,
         parameters: parameters(plan),
-        disk_bytes: weights.disk_bytes(),
+        disk_bytes: BTreeMap::new(),
         quantization: None,
         layers: config.layers as u32,
         hidden: config.hidden as u32,
@@ -78,7 +94,8 @@ fn facts(dir: &Path, config: &Config, plan: &Plan, weights: &Weights) -> ModelFa
         sliding_window: windowed
             .first()
             .map(|&tokens| SlidingWindow { tokens, layers: windowed.len() as u32 }),
-        chat_template: has_chat_template(dir),
+        chat_template: false,
+        tokenizer_bytes: 0,
     }
 }
 

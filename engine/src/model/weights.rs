@@ -58,7 +58,7 @@ pub enum Stored {
 }
 
 impl Stored {
-    fn bytes(self) -> usize {
+    pub fn bytes(self) -> usize {
         match self {
             Stored::Bf16 | Stored::F16 => 2,
             Stored::F32 => 4,
@@ -302,6 +302,15 @@ impl TensorView<'_> {
                 }
             }
         }
+    }
+
+    /// The bytes as they are stored, little-endian, and their type. Whole rows only: None where columns were cut.
+    pub fn stored(&self) -> Option<(&[u8], Stored)> {
+        if self.columns != (0..self.width) {
+            return None;
+        }
+        let row = self.width * self.stored.bytes();
+        Some((&self.bytes[self.rows.start * row..self.rows.end * row], self.stored))
     }
 
     /// All rows one after the other. `[rows, columns]`.

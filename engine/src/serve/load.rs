@@ -4,22 +4,25 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use plimsoll_contract::abilities::{Ability, Backend as Device, PAGE_TOKENS};
+use plimsoll_contract::abilities::{Ability, Backend as Kind, PAGE_TOKENS};
 use plimsoll_contract::exit::{ExitReason, ExitReport};
-use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::facts::{Gpu, ModelFacts};
 use plimsoll_contract::memory::{MemoryPlan, StepLimits};
 
 use crate::admission::ModelLimits;
-use crate::backend::cpu::{CpuBackend, CpuOptions, LoadProgress};
+use crate::backend::cpu::{CpuBackend, CpuOptions};
+use crate::backend::cuda::{CudaBackend, CudaOptions, Source};
+use crate::backend::place::Place;
+use crate::backend::{Backend, LoadProgress};
 use crate::chat_template::ChatTemplate;
 use crate::cli::ServeArgs;
 use crate::exit::internal;
 use crate::http::{App, Served};
-use crate::memory;
 use crate::metrics::{Metrics, Startup};
 use crate::model::{Checkpoint, LoadError, Shard};
 use crate::step::{self, Limits};
 use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::{inspect, memory};
 
 /// `show` is for a person who waits; `app` for probes. `started` is when the process began.
 pub fn load(
@@ -37,7 +40,10 @@ pub fn load(
     let checkpoint = Checkpoint::open(&args.model).map_err(report)?;
     let facts = checkpoint.facts();
     let context_tokens = context_tokens(args, facts)?;
-    let plan = plan(args, facts, context_tokens)?;
+    let place = Place::choose(args.device)?;
+    let ability = place.ability(args.dtype.map(Into::into))?;
+    let step = step_limits(args, ability.backend);
+    let plan = plan(args, facts, &place, ability, step, context_tokens)?;
     let kv_pages = vec![kv_pages(&plan)];
     tracing::info!(
         weights = memory::gib(plan.weights),
@@ -45,22 +51,25 @@ pub fn load(
         kv = memory::gib(plan.kv),
         kv_tokens = plan.kv_tokens,
         context_tokens,
+        device = place.name(),
         "memory planned"
     );
 
     let loading = Instant::now();
-    let options = CpuOptions {
-        dtype: args.dtype.into(),
-        kv_pages: kv_pages.clone(),
-        running_max: args.running_max,
-        shard: Shard::WHOLE,
-    };
     let (backend, tokenizer) = std::thread::scope(|scope| {
         let tokenizer = scope.spawn(|| Tokenizer::open(&args.model));
         let mut layers = |LoadProgress { layers_done, layers }: LoadProgress| {
             progress(format!("weights: {layers_done} of {layers} layers"));
         };
-        let backend = CpuBackend::load(&checkpoint, options, &mut layers);
+        let batch_invariant = args.batch_invariant;
+        let cuda = CudaOptions {
+            kv_pages: kv_pages[0],
+            step,
+            context_tokens,
+            batch_invariant,
+            ..CudaOptions::default()
+        };
+        let backend = backend(&place, &checkpoint, ability, cuda, &mut layers);
         (backend, tokenizer.join())
     });
     let backend = backend.map_err(report)?;
@@ -72,16 +81,18 @@ pub fn load(
     progress("starting the step loop".into());
 
     let metrics = Metrics::new(&app.name, context_tokens);
+    let gpu = gpu(&place);
+    metrics.device_is(gpu.as_ref());
     let limits = Limits {
-        running_max: args.running_max as usize,
+        running_max: step.running_max as usize,
         waiting_max: args.waiting_max as usize,
-        step_tokens_max: args.step_tokens_max,
+        step_tokens_max: step.step_tokens_max,
         context_tokens,
         kv_pages,
-        steps_in_flight: args.steps_in_flight as usize,
+        steps_in_flight: steps_in_flight(args, ability.backend),
         prefix_reuse: !args.no_prefix_reuse,
     };
-    let engine = step::start(Box::new(backend), limits, metrics.clone());
+    let engine = step::start(backend, limits, metrics.clone());
     metrics.started(Startup {
         seconds: started.elapsed().as_secs_f64(),
         weights_load_seconds,
@@ -105,6 +116,20 @@ pub fn load(
     })
 }
 
+/// For the log and the metrics alone: a driver that does not answer is found out by the first step.
+fn gpu(place: &Place) -> Option<Gpu> {
+    let Place::Cuda(device) = place else { return None };
+    let gpu = inspect::gpu(device).ok()?;
+    tracing::info!(
+        device = gpu.name,
+        memory = memory::gib(gpu.memory_bytes),
+        free = memory::gib(gpu.memory_free_bytes),
+        driver = gpu.driver,
+        "device loaded"
+    );
+    Some(gpu)
+}
+
 /// What was asked for, or what the model was trained for.
 fn context_tokens(args: &ServeArgs, facts: &ModelFacts) -> Result<u32, ExitReport> {
     match args.context_tokens {
@@ -120,21 +145,68 @@ fn context_tokens(args: &ServeArgs, facts: &ModelFacts) -> Result<u32, ExitRepor
     }
 }
 
+/// What was asked for, or what suits the device: a GPU is filled by many rows, a CPU by few.
+fn step_limits(args: &ServeArgs, kind: Kind) -> StepLimits {
+    let (running_max, step_tokens_max) = match kind {
+        Kind::Cpu => (32, 512),
+        Kind::Cuda => (256, 2048),
+    };
+    StepLimits {
+        step_tokens_max: args.step_tokens_max.unwrap_or(step_tokens_max),
+        running_max: args.running_max.unwrap_or(running_max),
+    }
+}
+
+/// A device computes while the next step is planned; a CPU would only plan late.
+fn steps_in_flight(args: &ServeArgs, kind: Kind) -> usize {
+    let usual = match kind {
+        Kind::Cpu => 1,
+        Kind::Cuda => 2,
+    };
+    args.steps_in_flight.map_or(usual, |steps| steps as usize)
+}
+
+fn backend(
+    place: &Place,
+    checkpoint: &Checkpoint,
+    ability: Ability,
+    cuda: CudaOptions,
+    progress: &mut dyn FnMut(LoadProgress),
+) -> Result<Box<dyn Backend>, LoadError> {
+    match place {
+        Place::Cpu => {
+            let options = CpuOptions {
+                dtype: ability.weights,
+                kv_pages: vec![cuda.kv_pages],
+                running_max: cuda.step.running_max,
+                shard: Shard::WHOLE,
+            };
+            Ok(Box::new(CpuBackend::load(checkpoint, options, progress)?))
+        }
+        Place::Cuda(device) => {
+            let source = Source::Checkpoint(checkpoint);
+            Ok(Box::new(CudaBackend::load(device.clone(), source, cuda, progress)?))
+        }
+    }
+}
+
 fn plan(
     args: &ServeArgs,
     facts: &ModelFacts,
+    place: &Place,
+    ability: Ability,
+    step: StepLimits,
     context_tokens: u32,
 ) -> Result<MemoryPlan, ExitReport> {
-    let dtype = args.dtype.into();
-    let ability = Ability { backend: Device::Cpu, weights: dtype, kv: dtype };
-    let limits =
-        StepLimits { step_tokens_max: args.step_tokens_max, running_max: args.running_max };
-    let available =
-        args.memory_bytes.or_else(|| memory::available_bytes("/".as_ref())).ok_or_else(|| {
-            internal("the system does not say how much memory there is; give --memory-bytes")
-        })?;
+    let system = || match place {
+        Place::Cpu => memory::available_bytes("/".as_ref()),
+        Place::Cuda(device) => device.memory().ok().map(|(free, _)| free as u64),
+    };
+    let available = args.memory_bytes.or_else(system).ok_or_else(|| {
+        internal("the system does not say how much memory there is; give --memory-bytes")
+    })?;
     let context_tokens = u64::from(context_tokens);
-    memory::fit(facts, ability, limits, args.kv_tokens, available, context_tokens)
+    memory::fit(facts, ability, step, args.kv_tokens, available, context_tokens)
         .map_err(|error| LoadError::DoesNotFit(error).report())
 }
 

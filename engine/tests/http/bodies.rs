@@ -140,6 +140,55 @@ async fn above_the_connection_limit_probes_are_answered_and_requests_sent_away()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn idle_sockets_on_every_seat_and_spare_one_keep_neither_probes_nor_requests_out() {
+    let mut options = Options::default();
+    options.connections.connections_max = 8;
+    options.connections.idle_time_min = Duration::from_millis(200);
+    let world = world(options).await;
+    // Twice as many as there are seats and spare ones.
+    let mut idle = Vec::new();
+    for _ in 0..2 * (8 + 64) {
+        idle.push(TcpStream::connect(world.address).await.unwrap());
+    }
+    assert_eq!(get(&world, "/health").await.status, 200, "while all have come just now");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for _ in 0..20 {
+        assert_eq!(get(&world, "/health").await.status, 200);
+        let answer = post(&world, "/v1/completions", &completion(json!("x"), json!({}))).await;
+        assert_eq!(answer.status, 200, "the longest idle gave way");
+    }
+    // Who asks nothing on a spare seat leaves it soon, whether or not it is wanted.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let open = idle.iter().filter(|socket| socket.try_read(&mut [0]).is_err()).count();
+    assert!(open <= 8, "{open} are still open");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_with_a_request_never_gives_way() {
+    let mut options = Options { step_time: Duration::from_millis(30), ..Options::default() };
+    options.connections.connections_max = 2;
+    options.connections.idle_time_min = Duration::ZERO;
+    let world = world(options).await;
+    let address = world.address;
+    let busy = [1, 2].map(|seed| {
+        tokio::spawn(async move {
+            let body =
+                completion(json!("x"), json!({"max_tokens": 20, "ignore_eos": true, "seed": seed}));
+            Client::connect(address).await.unwrap().post("/v1/completions", &body).await.status
+        })
+    });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..5 {
+        assert_eq!(get(&world, "/health").await.status, 200);
+        let refused = post(&world, "/v1/completions", &completion(json!("x"), json!({}))).await;
+        assert_eq!(refused.status, 503);
+    }
+    for busy in busy {
+        assert_eq!(busy.await.unwrap(), 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn fuzz_bodies_are_prepared_or_refused_by_a_named_error() {
     let served = served(&Options::default());
     let mut dice = Dice(fuzz_seed());

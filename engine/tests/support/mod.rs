@@ -33,8 +33,10 @@ pub const CASES: [&str; 9] = [
     "qwen3-yarn",
 ];
 
+/// Where goldens and the trained model lie; another machine than the one that compiled this says so.
 pub fn tests_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests")
+    let named = std::env::var_os("PLIMSOLL_TESTS").map(PathBuf::from);
+    named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests"))
 }
 
 pub fn golden_dir(case: &str) -> PathBuf {
@@ -87,13 +89,13 @@ pub fn open(dir: &Path) -> Checkpoint {
 
 /// Drives a backend by hand.
 pub struct Driver {
-    pub backend: CpuBackend,
+    pub backend: Box<dyn Backend>,
     steps: u64,
 }
 
 impl Driver {
-    pub fn new(backend: CpuBackend) -> Driver {
-        Driver { backend, steps: 0 }
+    pub fn new(backend: impl Backend + 'static) -> Driver {
+        Driver { backend: Box::new(backend), steps: 0 }
     }
 
     pub fn step(&mut self, copies: Vec<PageCopy>, spans: Vec<Span>) -> Vec<SpanOutput> {

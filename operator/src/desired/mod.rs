@@ -8,6 +8,7 @@ pub mod names;
 pub mod pod;
 pub mod policy;
 pub mod quantity;
+pub mod reach;
 pub mod service;
 
 use k8s_openapi::api::apps::v1::Deployment;
@@ -104,6 +105,7 @@ pub fn children(identity: &Identity, revision: &Revision, replicas: u32) -> Chil
             &revision.hash,
             &revision.content.pod_template,
             replicas,
+            revision.content.update,
         ),
     }
 }

@@ -38,22 +38,28 @@ pub enum Place {
 }
 
 impl Place {
-    /// Where the model of `spec` is to lie in a cluster of `nodes`, and what is to say about that.
+    /// Where the model of `spec` is to lie where `nodes` take pods, and what is to say about that. Decided for each revision
+    /// anew.
     pub fn choose(spec: &Spec, key: &str, nodes: usize) -> (Place, Option<String>) {
         match &spec.source {
             Source::Claim { name, path } => {
                 (Place::Claim { claim: name.clone(), path: path.clone() }, None)
             }
             Source::File { path } => (Place::Host { path: path.clone() }, None),
-            Source::Hub { .. }
-                if spec.storage.access_mode == AccessMode::ReadWriteMany || nodes <= 1 =>
-            {
-                (Place::Download { key: key.to_owned() }, None)
+            Source::Hub { .. } if spec.storage.access_mode == AccessMode::ReadWriteMany => {
+                let note = "all pods share one download, because storage is ReadWriteMany";
+                (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
+            }
+            Source::Hub { .. } if nodes <= 1 => {
+                let note = "all pods share one download on ReadWriteOnce storage, because no more than one node \
+                     takes pods; for pods on a node that comes later, set spec.storage.accessMode ReadWriteMany, \
+                     or change the spec, which decides this again";
+                (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
             }
             Source::Hub { .. } => {
                 let note = format!(
-                    "every pod downloads it for itself, because storage is ReadWriteOnce and there are \
-                     {nodes} nodes; with spec.storage.accessMode ReadWriteMany they share one download"
+                    "every pod downloads it for itself, because storage is ReadWriteOnce and {nodes} nodes \
+                     take pods; with spec.storage.accessMode ReadWriteMany they share one download"
                 );
                 (Place::PerPod, Some(note))
             }

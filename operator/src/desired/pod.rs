@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::model::{Place, fetch};
 use super::{Settings, names, quantity};
 use crate::fields::overlay;
-use crate::plan::{self, Plan};
+use crate::plan::{self, Device, Plan, cards};
 use crate::spec::Spec;
 
 /// The user and group of every process we start; not root, and no user of the image.
@@ -19,6 +19,9 @@ const DRAIN_GRACE_SECONDS: u32 = 10;
 /// A start is given this, and the time to read the weights three times over a slow disk.
 const STARTUP_SECONDS_MIN: u64 = 60;
 const SLOW_DISK_BYTES_PER_SECOND: u64 = 100 << 20;
+
+/// An engine beside a GPU may use this often what it asks for: being killed costs more than memory that nobody uses.
+const GPU_HOST_MARGIN: u64 = 2;
 
 const KEYS_VOLUME: &str = "api-keys";
 const KEYS_PATH: &str = "/run/secrets/plimsoll/keys";
@@ -60,11 +63,28 @@ pub fn template(inputs: &Inputs<'_>) -> Value {
     if let Some(fetch) = fetch {
         template["spec"]["initContainers"] = json!([fetch]);
     }
+    if let Device::Cuda { product } = &inputs.plan.device {
+        template["spec"]["nodeSelector"] = json!({cards::PRODUCT_LABEL: product});
+    }
     if let Some(over) = &spec.pod_template {
         overlay(&mut template, over);
     }
+    if matches!(inputs.plan.device, Device::Cuda { .. }) {
+        // After the overlay, because a list of tolerations replaces another as a whole.
+        tolerate_gpu_nodes(&mut template["spec"]["tolerations"]);
+    }
     overlay(&mut template, &json!({"metadata": {"labels": names::labels(name)}}));
     template
+}
+
+/// Nodes with GPUs usually keep away pods that ask for none.
+fn tolerate_gpu_nodes(tolerations: &mut Value) {
+    let ours = json!({"key": cards::RESOURCE, "operator": "Exists", "effect": "NoSchedule"});
+    match tolerations {
+        Value::Array(given) if given.contains(&ours) => {}
+        Value::Array(given) => given.push(ours),
+        absent => *absent = json!([ours]),
+    }
 }
 
 fn engine(inputs: &Inputs<'_>) -> Value {
@@ -75,8 +95,11 @@ fn engine(inputs: &Inputs<'_>) -> Value {
         format!("--listen=0.0.0.0:{}", names::PORT_ENGINE),
     ];
     arguments.extend(plan::flags(plan, spec));
-    // The sum holds a share for the process itself; measuring the group would count what it has used by then twice.
-    arguments.push(format!("--memory-bytes={}", plan.memory.total()));
+    if plan.device == Device::Cpu {
+        // The sum holds a share for the process itself; measuring the group would count what it has used by then twice.
+        // A card is measured: it says what it has left.
+        arguments.push(format!("--memory-bytes={}", plan.memory.total()));
+    }
     if spec.api_keys.is_some() {
         arguments.push(format!("--api-key-file={KEYS_PATH}/keys"));
     }
@@ -84,7 +107,6 @@ fn engine(inputs: &Inputs<'_>) -> Value {
     if spec.api_keys.is_some() {
         mounts.push(json!({"name": KEYS_VOLUME, "mountPath": KEYS_PATH, "readOnly": true}));
     }
-    let memory = quantity::memory(plan.memory.total());
     let starts = startup_seconds(facts);
     json!({
         "name": names::ENGINE,
@@ -92,10 +114,7 @@ fn engine(inputs: &Inputs<'_>) -> Value {
         "command": ["plimsoll-engine"],
         "args": arguments,
         "ports": [{"name": names::PORT_NAME, "containerPort": names::PORT_ENGINE, "protocol": "TCP"}],
-        "resources": {
-            "requests": {"cpu": quantity::cpu(plan.cpu_millis.into()), "memory": memory},
-            "limits": {"memory": memory},
-        },
+        "resources": resources(spec, plan),
         "startupProbe": probe("/ready", 1, starts),
         "readinessProbe": probe("/ready", 2, 2),
         "livenessProbe": probe("/health", 10, 6),
@@ -103,6 +122,31 @@ fn engine(inputs: &Inputs<'_>) -> Value {
         "securityContext": container_security(),
         "terminationMessagePath": "/dev/termination-log",
     })
+}
+
+fn resources(spec: &Spec, plan: &Plan) -> Value {
+    let cpu = quantity::cpu(plan.cpu_millis.into());
+    match plan.device {
+        Device::Cpu => {
+            let total = plan.memory.total();
+            // The capacity is what the spec names or the node has left, so that no limit promises more.
+            let with_headroom = (total + plan::headroom(total)).min(plan.capacity);
+            let limit = spec.budget.memory_bytes.map_or(with_headroom, |_| plan.capacity);
+            json!({
+                "requests": {"cpu": cpu, "memory": quantity::memory(total)},
+                "limits": {"memory": quantity::memory(limit.max(total))},
+            })
+        }
+        Device::Cuda { .. } => {
+            let most = GPU_HOST_MARGIN * plan::GPU_HOST_BYTES;
+            let limit = quantity::memory(spec.budget.memory_bytes.unwrap_or(most));
+            let memory = quantity::memory(plan::GPU_HOST_BYTES);
+            json!({
+                "requests": {"cpu": cpu, "memory": memory, cards::RESOURCE: "1"},
+                "limits": {"memory": limit, cards::RESOURCE: "1"},
+            })
+        }
+    }
 }
 
 fn probe(path: &str, period_seconds: u64, failures: u64) -> Value {
@@ -141,22 +185,4 @@ pub fn container_security() -> Value {
         "readOnlyRootFilesystem": true,
         "capabilities": {"drop": ["ALL"]},
     })
-}
-
-/// The first field of a pod template overlay that reaches out of the pod and into the node.
-pub fn escape(overlay: &Value) -> Option<&'static str> {
-    let spec = overlay.get("spec")?;
-    let items = |field: &str| spec[field].as_array().into_iter().flatten();
-    let privileged = |container: &Value| container["securityContext"]["privileged"] == true;
-    if let Some(field) =
-        ["hostNetwork", "hostPID", "hostIPC"].into_iter().find(|field| spec[*field] == true)
-    {
-        return Some(field);
-    }
-    if items("volumes").any(|volume| !volume["hostPath"].is_null()) {
-        return Some("a hostPath volume");
-    }
-    let containers = ["initContainers", "containers", "ephemeralContainers"];
-    let mut all = containers.into_iter().flat_map(items);
-    all.any(privileged).then_some("privileged: true")
 }

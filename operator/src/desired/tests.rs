@@ -39,13 +39,33 @@ fn spec(fields: Value) -> Spec {
 }
 
 fn template(spec: &Spec, place: &Place) -> Value {
-    let node = plan::NodeResources {
+    template_on(node(), spec, place)
+}
+
+fn node() -> plan::NodeResources {
+    plan::NodeResources {
         name: "node".to_owned(),
         memory_bytes: 16 << 30,
         asked_bytes: 0,
+        asked_cpu_millis: 0,
         pods_seen: plan::PodsSeen::All,
         cpu_millis: 8000,
+        gpus: plan::cards::Gpus::None,
+        open_to: plan::OpenTo::All,
+    }
+}
+
+fn gpu_node() -> plan::NodeResources {
+    let card = plan::cards::Card {
+        product: "NVIDIA-L4".to_owned(),
+        memory_bytes: 22 << 30,
+        driver_bytes: 1 << 30,
+        used_bytes: 0,
     };
+    plan::NodeResources { gpus: plan::cards::Gpus::Card(card), ..node() }
+}
+
+fn template_on(node: plan::NodeResources, spec: &Spec, place: &Place) -> Value {
     let facts = facts();
     let plan = plan::plan(spec, &facts, &[node]).chosen.unwrap();
     let settings = settings();
@@ -86,7 +106,11 @@ fn every_object_is_spelt_as_its_kind() {
     let place = Place::Download { key: "k".to_owned() };
     let pods = template(&spec, &place);
     is_exactly::<PodTemplateSpec>(&pods);
-    is_exactly_of_its_kind(&deployment::deployment(&identity, "hash", &pods, 2));
+    for (update, surge) in [(plan::Update::Surge, 1), (plan::Update::InPlace, 0)] {
+        let deployment = deployment::deployment(&identity, "hash", &pods, 2, update);
+        assert_eq!(deployment.body["spec"]["strategy"]["rollingUpdate"]["maxSurge"], surge);
+        is_exactly_of_its_kind(&deployment);
+    }
     is_exactly_of_its_kind(&service::service(&identity));
     is_exactly_of_its_kind(&service::service_account(&identity));
     is_exactly_of_its_kind(&policy::disruption_budget(&identity, 2).unwrap());
@@ -111,7 +135,12 @@ fn every_pod_keeps_to_the_restricted_level() {
     let spec = everything();
     for place in [Place::PerPod, Place::Download { key: "k".to_owned() }] {
         let job = model::inspect_job("team", "k", &[], &spec, &place, None, &settings());
-        for pod in [&template(&spec, &place)["spec"], &job.body["spec"]["template"]["spec"]] {
+        let pods = [
+            &template(&spec, &place)["spec"],
+            &template_on(gpu_node(), &spec, &place)["spec"],
+            &job.body["spec"]["template"]["spec"],
+        ];
+        for pod in pods {
             assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
             assert_eq!(pod["securityContext"]["runAsUser"], 65532);
             assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
@@ -127,6 +156,85 @@ fn every_pod_keeps_to_the_restricted_level() {
             }
         }
     }
+}
+
+#[test]
+fn what_we_render_ourselves_reaches_out_of_its_pod_only_for_a_folder_of_the_node() {
+    let spec = everything();
+    let claim = Place::Claim { claim: "models".to_owned(), path: String::new() };
+    for place in [Place::PerPod, Place::Download { key: "k".to_owned() }, claim] {
+        for node in [node(), gpu_node()] {
+            let pod = template_on(node, &spec, &place);
+            assert!(!reach::template_reaches_out(&pod, "assistant"), "{pod}");
+            assert!(reach::template_reaches_out(&pod, "another"));
+        }
+    }
+    let host = template(&spec, &Place::Host { path: "/m".to_owned() });
+    assert!(reach::template_reaches_out(&host, "assistant"));
+}
+
+/// The whole pod as a person would write it.
+#[test]
+fn a_pod_on_a_gpu_asks_for_one_of_its_product_and_little_else() {
+    let spec = spec(json!({
+        "model": {"source": "pvc://models/tiny"}, "workload": {"concurrency": 8},
+        "resources": {"memory": "2Gi"},
+    }));
+    let place = Place::Claim { claim: "models".to_owned(), path: "tiny".to_owned() };
+    let pod = template_on(gpu_node(), &spec, &place);
+    is_exactly::<PodTemplateSpec>(&pod);
+    let golden: Value = serde_yaml_ng::from_str(include_str!("gpu_pod.yaml")).unwrap();
+    assert_eq!(pod, golden, "{}", serde_yaml_ng::to_string(&pod).unwrap());
+}
+
+#[test]
+fn tolerations_and_selectors_of_the_overlay_stand_beside_those_of_a_gpu_pod() {
+    let mut spec = everything();
+    let theirs = json!({"key": "team", "operator": "Exists"});
+    let ours = json!({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"});
+    let overlay = |tolerations: Value| {
+        Some(json!({"spec": {"tolerations": tolerations, "nodeSelector": {"zone": "a"}}}))
+    };
+    spec.pod_template = overlay(json!([theirs]));
+    let pod = template_on(gpu_node(), &spec, &Place::PerPod);
+    assert_eq!(pod["spec"]["tolerations"], json!([theirs, ours]));
+    let selector = json!({"nvidia.com/gpu.product": "NVIDIA-L4", "zone": "a"});
+    assert_eq!(pod["spec"]["nodeSelector"], selector);
+    spec.pod_template = overlay(json!([ours]));
+    let pod = template_on(gpu_node(), &spec, &Place::PerPod);
+    assert_eq!(pod["spec"]["tolerations"], json!([ours]));
+    assert_eq!(template(&everything(), &Place::PerPod)["spec"].get("tolerations"), None);
+}
+
+fn limit_and_request(node: plan::NodeResources, fields: Value) -> (u64, u64) {
+    let mut wishes = json!({"model": {"source": "hf://org/tiny"}, "contextTokens": 1024});
+    wishes.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    let pod = template_on(node, &spec(wishes), &Place::PerPod);
+    let resources = &pod["spec"]["containers"][0]["resources"];
+    let bytes =
+        |kind: &str| crate::amount::units(resources[kind]["memory"].as_str().unwrap()).unwrap();
+    (bytes("limits"), bytes("requests"))
+}
+
+#[test]
+fn a_limit_leaves_room_for_the_peak_of_a_start_and_never_exceeds_what_there_is() {
+    const MIB: u64 = 1 << 20;
+    let (limit, request) = limit_and_request(node(), json!({}));
+    assert_eq!(limit, request + 64 * MIB, "a small plan gets the least headroom");
+    let cache = json!({"cache": {"tokens": 1_048_576}});
+    let (limit, request) = limit_and_request(node(), cache);
+    assert!(request > 3 << 30, "{request}");
+    assert!(limit.abs_diff(request + request / 16) <= 2 * MIB, "{limit} of {request}");
+
+    // A budget is the limit, and the cache makes room within it.
+    let load = json!({"concurrency": 64, "promptTokens": 1000, "outputTokens": 24});
+    let budget = |memory: &str| json!({"workload": load, "resources": {"memory": memory}});
+    let (limit, request) = limit_and_request(node(), budget("256Mi"));
+    assert_eq!(limit, 256 * MIB);
+    assert!(request <= 192 * MIB, "{request}");
+    assert_eq!(limit_and_request(node(), budget("4Gi")).0, 4 << 30);
+    let left = plan::NodeResources { asked_bytes: (16 << 30) - 300 * MIB, ..node() };
+    assert_eq!(limit_and_request(left, budget("4Gi")).0, 300 * MIB);
 }
 
 #[test]
@@ -176,14 +284,19 @@ fn the_overlay_cannot_move_a_pod_out_of_the_selector() {
 #[test]
 fn several_nodes_share_a_download_only_through_storage_that_several_may_mount() {
     let once = everything();
-    assert_eq!(Place::choose(&once, "k", 1), (Place::Download { key: "k".to_owned() }, None));
+    let shared = Place::Download { key: "k".to_owned() };
+    let (place, note) = Place::choose(&once, "k", 1);
+    assert_eq!(place, shared);
+    assert!(note.unwrap().contains("no more than one node takes pods"));
     let (place, note) = Place::choose(&once, "k", 2);
     assert_eq!(place, Place::PerPod);
     assert!(note.unwrap().contains("ReadWriteMany"));
     let many = spec(json!({
         "model": {"source": "hf://org/tiny"}, "storage": {"accessMode": "ReadWriteMany"},
     }));
-    assert_eq!(Place::choose(&many, "k", 9), (Place::Download { key: "k".to_owned() }, None));
+    let (place, note) = Place::choose(&many, "k", 9);
+    assert_eq!(place, shared);
+    assert!(note.unwrap().contains("because storage is ReadWriteMany"));
 }
 
 #[test]
@@ -198,23 +311,4 @@ fn the_directory_is_where_the_source_says() {
 fn one_replica_has_no_budget() {
     assert!(policy::disruption_budget(&identity(), 1).is_none());
     assert!(policy::disruption_budget(&identity(), 0).is_none());
-}
-
-#[test]
-fn an_overlay_that_reaches_into_the_node_is_recognised() {
-    let reaching = [
-        (json!({"hostNetwork": true}), "hostNetwork"),
-        (json!({"volumes": [{"name": "v", "hostPath": {"path": "/"}}]}), "a hostPath volume"),
-        (
-            json!({"containers": [{"name": "engine", "securityContext": {"privileged": true}}]}),
-            "privileged: true",
-        ),
-    ];
-    for (spec, field) in reaching {
-        assert_eq!(pod::escape(&json!({"spec": spec})), Some(field));
-    }
-    let harmless = json!({"spec": {"hostNetwork": false, "volumes": [{"name": "v", "emptyDir": {}}],
-        "nodeSelector": {"a": "b"}}});
-    assert_eq!(pod::escape(&harmless), None);
-    assert_eq!(pod::escape(&json!({"metadata": {}})), None);
 }

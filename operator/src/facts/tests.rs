@@ -34,6 +34,10 @@ fn seen(job: Option<Arc<Job>>, job_pods: Vec<Arc<Pod>>) -> SeenModel {
     SeenModel { claim: None, facts: None, job, job_pods }
 }
 
+fn at_start(seen: &SeenModel, downloads: bool) -> Model {
+    look(seen, downloads, Timestamp::UNIX_EPOCH)
+}
+
 fn stored(text: &str) -> Option<Arc<k8s_openapi::api::core::v1::ConfigMap>> {
     of(json!({"data": {FACTS_KEY: text}}))
 }
@@ -41,11 +45,11 @@ fn stored(text: &str) -> Option<Arc<k8s_openapi::api::core::v1::ConfigMap>> {
 #[test]
 fn a_job_tells_the_facts_once_it_is_complete() {
     let text = facts_json().to_string();
-    assert_eq!(look(&seen(None, vec![]), false), Model::Unseen);
-    assert!(matches!(look(&seen(job(None), vec![]), false), Model::Looking { .. }));
-    assert!(matches!(look(&seen(job(None), ended(&text)), false), Model::Looking { .. }));
-    assert!(matches!(look(&seen(job(Some("Complete")), ended(&text)), false), Model::Told(_)));
-    let silent = look(&seen(job(Some("Complete")), vec![]), false);
+    assert_eq!(at_start(&seen(None, vec![]), false), Model::Unseen);
+    assert!(matches!(at_start(&seen(job(None), vec![]), false), Model::Looking { .. }));
+    assert!(matches!(at_start(&seen(job(None), ended(&text)), false), Model::Looking { .. }));
+    assert!(matches!(at_start(&seen(job(Some("Complete")), ended(&text)), false), Model::Told(_)));
+    let silent = at_start(&seen(job(Some("Complete")), vec![]), false);
     assert!(matches!(silent, Model::Failed { retry: true, .. }));
 }
 
@@ -55,14 +59,14 @@ fn a_failed_job_speaks_in_the_engines_words_and_says_whether_to_try_again() {
         [("ModelNotFound", false), ("CorruptWeights", false), ("Internal", true)]
     {
         let report = json!({"reason": reason, "message": "m"}).to_string();
-        match look(&seen(job(Some("Failed")), ended(&report)), false) {
+        match at_start(&seen(job(Some("Failed")), ended(&report)), false) {
             Model::Failed { report, retry } => {
                 assert_eq!((format!("{:?}", report.reason), retry), (reason.to_owned(), retried));
             }
             other => panic!("{other:?}"),
         }
     }
-    let wordless = look(&seen(job(Some("Failed")), ended("Segmentation fault")), false);
+    let wordless = at_start(&seen(job(Some("Failed")), ended("Segmentation fault")), false);
     let expected =
         ExitReport { reason: ExitReason::Internal, message: "ran out of attempts".to_owned() };
     assert_eq!(wordless, Model::Failed { report: expected, retry: true });
@@ -72,15 +76,15 @@ fn a_failed_job_speaks_in_the_engines_words_and_says_whether_to_try_again() {
 fn stored_facts_need_no_job_but_a_download_needs_its_claim() {
     let facts = stored(&facts_json().to_string());
     let kept = SeenModel { facts: facts.clone(), ..seen(None, vec![]) };
-    assert!(matches!(look(&kept, false), Model::Known(_)));
-    assert_eq!(look(&kept, true), Model::Unseen);
+    assert!(matches!(at_start(&kept, false), Model::Known(_)));
+    assert_eq!(at_start(&kept, true), Model::Unseen);
     let filling =
         SeenModel { facts: facts.clone(), claim: of(json!({})), ..seen(job(None), vec![]) };
-    assert!(matches!(look(&filling, true), Model::Looking { .. }));
+    assert!(matches!(at_start(&filling, true), Model::Looking { .. }));
     let filled = SeenModel { facts, claim: of(json!({})), ..seen(job(Some("Complete")), vec![]) };
-    assert!(matches!(look(&filled, true), Model::Known(_)));
+    assert!(matches!(at_start(&filled, true), Model::Known(_)));
     let spoilt = SeenModel { facts: stored("{}"), ..seen(None, vec![]) };
-    assert_eq!(look(&spoilt, false), Model::Unseen);
+    assert_eq!(at_start(&spoilt, false), Model::Unseen);
 }
 
 #[test]
@@ -88,17 +92,20 @@ fn a_job_without_a_node_repeats_the_scheduler() {
     let condition = json!({"type": "PodScheduled", "status": "False",
         "message": "persistentvolumeclaim \"models\" not found"});
     let pod = of(json!({"status": {"conditions": [condition]}})).unwrap();
-    let Model::Looking { message } = look(&seen(job(None), vec![pod]), false) else { panic!() };
+    let Model::Looking { reason, message } = at_start(&seen(job(None), vec![pod]), false) else {
+        panic!()
+    };
+    assert_eq!(reason, Reason::ClaimNotFound);
     assert!(message.contains("persistentvolumeclaim \"models\" not found"), "{message}");
 }
 
 #[test]
 fn a_job_goes_when_it_has_told_the_facts_was_outgrown_or_failed_and_is_due_again() {
-    let looking = || look(&seen(job(None), vec![]), false);
-    let told = || look(&seen(job(Some("Complete")), ended(&facts_json().to_string())), false);
+    let looking = || at_start(&seen(job(None), vec![]), false);
+    let told = || at_start(&seen(job(Some("Complete")), ended(&facts_json().to_string())), false);
     let failed = |reason: &str| {
         let report = json!({"reason": reason, "message": "m"}).to_string();
-        look(&seen(job(Some("Failed")), ended(&report)), false)
+        at_start(&seen(job(Some("Failed")), ended(&report)), false)
     };
     for (model, outgrown, due, spent) in [
         (Model::Unseen, false, true, false),
@@ -111,5 +118,53 @@ fn a_job_goes_when_it_has_told_the_facts_was_outgrown_or_failed_and_is_due_again
         (failed("ModelNotFound"), true, false, true),
     ] {
         assert_eq!(is_spent(&model, outgrown, due), spent, "{model:?} {outgrown} {due}");
+    }
+}
+
+#[test]
+fn a_job_that_waits_for_its_volumes_names_them_after_a_minute() {
+    let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "lastTransitionTime": "1970-01-01T00:00:10Z"});
+    let pod: Arc<Pod> = of(json!({
+        "metadata": {"name": "inspect-k-x"},
+        "spec": {"containers": [], "volumes": [
+            {"name": "hub-token", "secret": {"secretName": "hf", "items": [{"key": "token", "path": "token"}]}},
+            {"name": "model", "persistentVolumeClaim": {"claimName": "model-k"}}]},
+        "status": {"conditions": [condition("PodScheduled", "True"), condition("PodReadyToStartContainers", "False")],
+            "containerStatuses": [{"name": "inspect", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"waiting": {"reason": "ContainerCreating"}}}]},
+    }))
+    .unwrap();
+    let after = |seconds: i64| {
+        let now = Timestamp::from_second(seconds).unwrap();
+        look(&seen(job(None), vec![pod.clone()]), false, now)
+    };
+    let left = |seconds: i64| mount_patience_left(&pod, Timestamp::from_second(seconds).unwrap());
+    assert_eq!(
+        (left(10), left(69), left(71)),
+        (Some(MOUNT_PATIENCE), Some(Duration::from_secs(1)), Some(Duration::ZERO))
+    );
+    assert!(matches!(after(69), Model::Looking { reason: Reason::Inspecting, .. }));
+    let Model::Looking { reason: Reason::VolumeNotMounted, message } = after(71) else { panic!() };
+    assert!(message.contains("Secret hf (key token), claim model-k"), "{message}");
+}
+
+#[test]
+fn a_container_that_cannot_be_made_tells_which_secret_is_missing() {
+    for (word, words, reason) in [
+        ("CreateContainerConfigError", "secret \"keys\" not found", Some(Reason::SecretNotFound)),
+        (
+            "CreateContainerConfigError",
+            "couldn't find key k in Secret team/keys",
+            Some(Reason::SecretNotFound),
+        ),
+        ("CreateContainerConfigError", "configmap \"c\" not found", None),
+        ("ErrImagePull", "no such image", Some(Reason::ImagePullFailed)),
+    ] {
+        let container = serde_json::from_value(
+            json!({"name": "engine", "image": "i", "imageID": "", "ready": false,
+            "restartCount": 0, "state": {"waiting": {"reason": word, "message": words}}}),
+        )
+        .unwrap();
+        assert_eq!(kept_waiting(&container), Some((reason, format!("{word}: {words}"))));
     }
 }

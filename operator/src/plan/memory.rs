@@ -1,14 +1,33 @@
 //! Does a candidate fit, and how much KV cache has room beside it? Pure; the sum is the contract's, which the engine
 //! computes again before it loads.
 
-use plimsoll_contract::abilities::PAGE_TOKENS;
+use plimsoll_contract::abilities::{Backend, CUDA_HEAD_DIM_MAX, PAGE_TOKENS};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_contract::memory::{self, MemoryPlan, StepLimits};
 use plimsoll_crds::Reason;
 
-use super::candidates::Candidate;
-use super::{CONCURRENCY_DEFAULT, REQUEST_TOKENS_DEFAULT, STEP_TOKENS_MAX, explain};
+use super::candidates::{Candidate, GPU_HOST_BYTES};
+use super::{
+    CONCURRENCY_DEFAULT, GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX, REQUEST_TOKENS_DEFAULT,
+    STEP_TOKENS_MAX, explain,
+};
 use crate::spec::{Spec, Workload};
+
+/// What the sum does not hold: while weights are read, pages of files and buffers come on top for a moment. A limit that
+/// is the sum itself would end the engine there.
+pub const HEADROOM_BYTES_MIN: u64 = 64 << 20;
+/// Part of the sum that is added where it is more than that.
+pub const HEADROOM_SHARE: u64 = 16;
+
+pub fn headroom(total: u64) -> u64 {
+    (total / HEADROOM_SHARE).max(HEADROOM_BYTES_MIN)
+}
+
+/// The most of `capacity` whose headroom still lies within it.
+fn less_headroom(capacity: u64) -> u64 {
+    let by_share = capacity - capacity / (HEADROOM_SHARE + 1);
+    by_share.min(capacity.saturating_sub(HEADROOM_BYTES_MIN))
+}
 
 /// A candidate's memory, once it fits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +58,12 @@ pub fn fit(
 ) -> Result<Fitted, (Reason, String)> {
     refuse_what_memory_cannot_mend(spec, facts, candidate)?;
     let Candidate { ability, capacity, ref machine, .. } = *candidate;
-    let limits = StepLimits {
-        step_tokens_max: STEP_TOKENS_MAX,
-        running_max: spec.workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT),
+    let (running_usual, step_tokens_max) = match ability.backend {
+        Backend::Cpu => (CONCURRENCY_DEFAULT, STEP_TOKENS_MAX),
+        Backend::Cuda => (GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX),
     };
+    let running_max = spec.workload.concurrency.unwrap_or(running_usual);
+    let limits = StepLimits { step_tokens_max, running_max };
     let need = Need::of(spec, facts);
     let fixed = memory::plan(facts, ability, limits, 0).total();
     let page = memory::kv_bytes(facts, ability, u64::from(PAGE_TOKENS)).max(1);
@@ -52,11 +73,30 @@ pub fn fit(
     if least.total() > capacity {
         return Err((Reason::DoesNotFit, explain::does_not_fit(spec, candidate, &least)));
     }
-    // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without. Those who
-    // are there already count as such others.
-    let half = capacity.min(machine.best.memory_bytes / 2);
-    let polite = if spec.budget.memory_bytes.is_some() { capacity } else { half };
-    let tokens = need.wanted.min(room(polite)).max(need.least);
+    let tokens = match ability.backend {
+        Backend::Cpu => {
+            // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without. Those
+            // who are there already count as such others.
+            let half = capacity.min(machine.best.memory_bytes / 2);
+            let polite = if spec.budget.memory_bytes.is_some() { capacity } else { half };
+            // The cache makes room for the headroom, and for the other replicas and one pod more while they are replaced. What
+            // the workload asks for makes room for the headroom alone, and what the pod cannot do without for nothing.
+            let share = machine.best.free_bytes() / machine.pods_on_best(spec);
+            let roomy = need.wanted.min(room(less_headroom(polite.min(share))));
+            let owed = need.demanded.min(room(less_headroom(polite)));
+            roomy.max(owed).max(need.least)
+        }
+        Backend::Cuda => {
+            // A card belongs to one pod, so that the rest of it may keep what was computed: at most as much as all
+            // requests of a step could have, each at its longest.
+            let of_use = u64::from(running_max) * need.context_wanted;
+            let wanted = match spec.cache_tokens {
+                Some(_) => need.wanted,
+                None => need.wanted.max(of_use),
+            };
+            wanted.min(room(capacity)).max(need.least)
+        }
+    };
     let memory = memory::plan(facts, ability, limits, tokens);
     let context = need.context_wanted.min(memory.kv_tokens);
     Ok(Fitted {
@@ -90,13 +130,35 @@ fn refuse_what_memory_cannot_mend(
         ));
     }
     if let Some(wanted) = spec.cache_dtype.filter(|dtype| *dtype != candidate.ability.kv) {
-        return Err((Reason::InvalidSpec, explain::other_cache_dtype(wanted)));
+        let why = explain::other_cache_dtype(wanted, candidate.ability.kv);
+        return Err((Reason::InvalidSpec, why));
     }
     let wanted_cpu = spec.budget.cpu_millis.unwrap_or(0);
-    let cpu_millis = candidate.machine.best.cpu_millis;
+    let cpu_millis = candidate.machine.best.free_cpu_millis();
     if wanted_cpu > cpu_millis {
         let why = explain::too_little_cpu(wanted_cpu, cpu_millis);
         return Err((Reason::DoesNotFit, why));
+    }
+    if candidate.ability.backend == Backend::Cuda {
+        refuse_what_a_card_cannot_mend(spec, facts, candidate)?;
+    }
+    Ok(())
+}
+
+/// A card does not help where the kernels do not take the model, or where the host beside it is too small.
+fn refuse_what_a_card_cannot_mend(
+    spec: &Spec,
+    facts: &ModelFacts,
+    candidate: &Candidate,
+) -> Result<(), (Reason, String)> {
+    if facts.head_dim > CUDA_HEAD_DIM_MAX {
+        let why = explain::heads_too_wide(facts.head_dim, CUDA_HEAD_DIM_MAX);
+        return Err((Reason::UnsupportedModel, why));
+    }
+    let host = &candidate.machine.best;
+    let left = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(host.free_bytes());
+    if left < GPU_HOST_BYTES {
+        return Err((Reason::DoesNotFit, explain::too_little_host(spec, host, GPU_HOST_BYTES)));
     }
     Ok(())
 }

@@ -1,15 +1,17 @@
-//! Which of the plans that fit is best? First how much of the demanded load it carries, then the engine's own order of
-//! preference, most exact first. Pure.
+//! Which of the plans that fit is best? First one on a GPU, then how much of the demanded load it carries, then the card
+//! with the least memory, so that larger ones are left to larger models, then the engine's own order of preference, most
+//! exact first. Pure.
 
 use std::cmp::Reverse;
 
 use super::candidates::Candidate;
 use super::memory::Fitted;
 
-/// Position of the best; None where nothing fits.
-pub fn best(feasible: &[(Candidate, Fitted)]) -> Option<usize> {
-    let key = |(candidate, fitted): &(Candidate, Fitted)| {
-        (fitted.served_tokens(), Reverse(candidate.preference))
-    };
-    (0..feasible.len()).max_by_key(|index| key(&feasible[*index]))
+/// The best first.
+pub fn rank(feasible: &mut [(Candidate, Fitted)]) {
+    feasible.sort_by_key(|(candidate, fitted)| {
+        let card = candidate.machine.card.as_ref().map(|card| card.memory_bytes);
+        let preference = Reverse(candidate.preference);
+        Reverse((card.is_some(), fitted.served_tokens(), Reverse(card), preference))
+    });
 }

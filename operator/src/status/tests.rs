@@ -67,6 +67,28 @@ fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentS
     compute(&found, None, &Time(Timestamp::UNIX_EPOCH))
 }
 
+/// A pod whose volumes do not come, as its kubelet tells it.
+fn unmounted() -> Arc<Pod> {
+    let mut pod = Pod::clone(&play("new", true, false, None));
+    let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "lastTransitionTime": "1969-12-31T23:58:00Z"});
+    let secret = json!({"secretName": "keys", "items": [{"key": "token", "path": "keys"}]});
+    pod.spec.as_mut().unwrap().volumes =
+        serde_json::from_value(json!([{"name": "api-keys", "secret": secret}])).unwrap();
+    let status = json!({"conditions": [
+        condition("PodScheduled", "True"), condition("PodReadyToStartContainers", "False")]});
+    pod.status = serde_json::from_value(status).unwrap();
+    Arc::new(pod)
+}
+
+#[test]
+fn a_volume_that_does_not_come_is_told_with_what_it_needs() {
+    let status = told(&revision(), 1, &[unmounted()]);
+    assert_eq!(held(&status, "Ready"), Some(("False", "VolumeNotMounted")));
+    assert_eq!(held(&status, "EngineLoaded"), Some(("False", "VolumeNotMounted")));
+    let ready = status.conditions.iter().find(|held| held.type_ == "Ready").unwrap();
+    assert!(ready.message.contains("Secret keys (key token)"), "{}", ready.message);
+}
+
 fn held<'a>(status: &'a LLMDeploymentStatus, kind: &str) -> Option<(&'a str, &'a str)> {
     let condition = status.conditions.iter().find(|held| held.type_ == kind)?;
     Some((condition.status.as_str(), condition.reason.as_str()))

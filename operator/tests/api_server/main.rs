@@ -73,6 +73,21 @@ async fn an_object_becomes_children_of_one_revision_and_ready_follows_its_pods()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_manifest_of_the_readme_is_planned_as_it_stands() {
+    let Some(world) = World::new("readme").await else { return };
+    let _operator = world.operator(&[]);
+    let readme = include_str!("../../../README.md");
+    let manifest = readme.split("```yaml\n").nth(1).and_then(|rest| rest.split("```").next());
+    let object: serde_json::Value = serde_yaml_ng::from_str(manifest.unwrap()).unwrap();
+    let name = object["metadata"]["name"].as_str().unwrap().to_owned();
+    world.create::<LLMDeployment>(object).await;
+    world.condition(&name, "ModelReady", "False", "Inspecting").await;
+    world.finish_inspect(&facts(), 0).await;
+    world.condition(&name, "Planned", "True", "PlanChosen").await;
+    world.eventually(&name, "a Deployment", |held: &Deployment| Some(held.clone())).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn at_rest_and_after_a_restart_nothing_is_written() {
     let Some(world) = World::new("rest").await else { return };
     let operator = world.operator(&["--engine-image", "example/engine:1"]);
@@ -332,6 +347,82 @@ async fn a_plan_counts_what_pods_of_others_ask_for_and_not_its_own() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_one_pod_more_has_no_room_an_update_replaces_pods_in_place_and_says_so() {
+    let Some(world) = World::new("room").await else { return };
+    let _operator = world.operator(&[]);
+    let asks = json!({"name": "c", "image": "i", "resources": {"requests": {"cpu": "7"}}});
+    let spec = json!({"nodeName": "node-0", "containers": [asks]});
+    world.create::<Pod>(json!({"metadata": {"name": "neighbour"}, "spec": spec})).await;
+    world.bring_up("assistant", json!({"resources": {"cpu": "800m"}})).await;
+    let deployment: Deployment = world.get("assistant").await.unwrap();
+    let strategy = serde_json::to_value(deployment.spec.strategy).unwrap();
+    assert_eq!(strategy["rollingUpdate"], json!({"maxSurge": 0, "maxUnavailable": 1}));
+    let why = world.status("assistant", "a plan", |status| status.plan.clone()).await.why;
+    assert!(why.contains("room for 1 replica and no pod more"), "{why}");
+    let events = world.list::<Event>("").await;
+    let told = |event: &Event| event.note.as_ref().is_some_and(|note| note.contains("no pod more"));
+    assert!(events.iter().any(told), "{events:#?}");
+    // With less to ask for, one more fits.
+    let less = json!({"spec": {"resources": {"cpu": "400m"}}});
+    world.merge::<LLMDeployment>("assistant", less).await;
+    world
+        .eventually("assistant", "a surge again", |held: &Deployment| {
+            let strategy = serde_json::to_value(&held.spec.strategy).unwrap();
+            (strategy["rollingUpdate"]["maxSurge"] == 1).then_some(())
+        })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_with_a_labelled_gpu_gets_the_pod_and_one_without_labels_is_named() {
+    let Some(world) = World::new("gpu").await else { return };
+    world.add_gpu_node("gpu-0", json!({"nvidia.com/gpu.product": "NVIDIA-H200"})).await;
+    let _operator = world.operator(&[]);
+    world.bring_up("assistant", json!({})).await;
+    let plan = world.status("assistant", "a plan", |status| status.plan.clone()).await;
+    assert_eq!(plan.accelerator, "cpu");
+    let unusable = plan.rejected.iter().find(|other| other.candidate.contains("nvidia-h200"));
+    let why = &unusable.unwrap().why;
+    assert!(why.starts_with("gpu-0: ") && why.contains("install GPU feature discovery"), "{why}");
+
+    // What runs is left alone when the label comes; the next spec is planned with it.
+    world.label_node("gpu-0", json!({"nvidia.com/gpu.memory": "143771"})).await;
+    let at_rest = world.requests_during(QUIET).await;
+    assert!(at_rest.is_empty(), "{at_rest:#?}");
+    let taint = json!([{"key": "team", "operator": "Exists"}]);
+    let overlay = json!({"spec": {"podTemplate": {"spec": {"tolerations": taint}}}});
+    world.merge::<LLMDeployment>("assistant", overlay).await;
+    let plan = world
+        .status("assistant", "a plan for the GPU", |status| {
+            status.plan.clone().filter(|plan| plan.accelerator == "nvidia-h200")
+        })
+        .await;
+    assert_eq!((plan.quantization.as_str(), plan.dtype.as_str()), ("None", "BF16"));
+    assert_eq!(plan.memory_bytes.capacity, (143_771 - 1024 - 640) << 20);
+    assert!(plan.why.contains("on the nvidia-h200 of gpu-0"), "{}", plan.why);
+    let pod = world
+        .eventually("assistant", "a GPU pod", |held: &Deployment| {
+            let pod = held.spec.template.spec.clone()?;
+            pod.node_selector.is_some().then_some(pod)
+        })
+        .await;
+    assert_eq!(pod.node_selector.unwrap()["nvidia.com/gpu.product"], "NVIDIA-H200");
+    let tolerations = serde_json::to_value(pod.tolerations.unwrap()).unwrap();
+    let ours = json!({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"});
+    assert_eq!(tolerations, json!([taint[0], ours]));
+    let engine = serde_json::to_value(&pod.containers[0]).unwrap();
+    assert_eq!(engine["resources"]["limits"], json!({"memory": "2560Mi", "nvidia.com/gpu": "1"}));
+    let requests = json!({"cpu": "2", "memory": "1280Mi", "nvidia.com/gpu": "1"});
+    assert_eq!(engine["resources"]["requests"], requests);
+    let arguments = engine["args"].to_string();
+    assert!(arguments.contains("--device=cuda") && !arguments.contains("--memory-bytes"));
+    world.run_pod("assistant", true).await;
+    world.condition("assistant", "Ready", "True", "Serving").await;
+    let at_rest = world.requests_during(QUIET).await;
+    assert!(at_rest.is_empty(), "{at_rest:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_plan_that_does_not_fit_a_bad_overlay_and_a_forbidden_source_stall() {
     let Some(world) = World::new("stalls").await else { return };
     let _operator = world.operator(&[]);
@@ -355,6 +446,40 @@ async fn a_plan_that_does_not_fit_a_bad_overlay_and_a_forbidden_source_stall() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_spec_that_reaches_out_stalls_and_what_ran_before_it_stays_in_repair() {
+    let Some(world) = World::new("reach").await else { return };
+    let _operator = world.operator(&[]);
+    world.bring_up("assistant", json!({})).await;
+    let reaching = json!({"spec": {"podTemplate": {"spec": {"hostPID": true}}}});
+    world.merge::<LLMDeployment>("assistant", reaching).await;
+    let message = world.condition("assistant", "Stalled", "True", "InvalidSpec").await;
+    assert!(message.contains("spec.hostPID"), "{message}");
+    world.merge::<Deployment>("assistant", json!({"spec": {"replicas": 5}})).await;
+    let replicas = |held: &Deployment| held.spec.replicas.filter(|count| *count == 1);
+    world.eventually("assistant", "one replica again", replicas).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_started_without_host_paths_says_so_of_what_runs_and_leaves_it_alone() {
+    let Some(world) = World::new("barred").await else { return };
+    let operator = world.operator(&["--allow-host-path"]);
+    let source = json!({"model": {"source": "file:///models/tiny"}, "replicas": 2});
+    world.bring_up("assistant", source).await;
+    assert!(operator.stop());
+
+    let _operator = world.operator(&[]);
+    let message = world.condition("assistant", "Stalled", "True", "SourceNotAllowed").await;
+    assert!(message.contains("--allow-host-path"), "{message}");
+    world.condition("assistant", "Available", "True", "Serving").await;
+    let pods = world.list::<Pod>("plimsoll.dev/name").await;
+    assert_eq!(pods.len(), 2);
+    world.delete::<Deployment>("assistant").await;
+    let at_rest = world.requests_during(QUIET).await;
+    assert!(at_rest.iter().all(|seen| seen.resource != "deployments"), "{at_rest:#?}");
+    assert!(world.get::<Deployment>("assistant").await.is_none(), "it is not rendered again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_hub_model_is_downloaded_once_where_storage_allows_and_per_pod_where_not() {
     let Some(world) = World::new("hub").await else { return };
     let _operator = world.operator(&["--hub-endpoint", "http://hub.example"]);
@@ -373,6 +498,8 @@ async fn a_hub_model_is_downloaded_once_where_storage_allows_and_per_pod_where_n
     world.finish_inspect(&told, 0).await;
     let status = world.status("assistant", "a model", |status| status.model.clone()).await;
     assert_eq!(status.revision.as_deref(), Some("0123abcd"));
+    let message = world.condition("assistant", "ModelReady", "True", "ModelFound").await;
+    assert!(message.contains("no more than one node takes pods"), "{message}");
     let deployment: Deployment =
         world.eventually("assistant", "a Deployment", |held: &Deployment| Some(held.clone())).await;
     assert!(deployment.spec.template.spec.unwrap().init_containers.is_none());

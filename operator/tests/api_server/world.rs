@@ -100,6 +100,27 @@ impl World {
         }
     }
 
+    /// A tainted node with one GPU and these labels, beside the others. The next test removes it.
+    pub async fn add_gpu_node(&self, name: &str, labels: Value) {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let taint = json!({"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"});
+        let body = json!({"apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": name, "labels": labels}, "spec": {"taints": [taint]}});
+        nodes.create(&PostParams::default(), &serde_json::from_value(body).unwrap()).await.unwrap();
+        let capacity = json!({"cpu": "16", "memory": "64Gi", "pods": "110", "nvidia.com/gpu": "1"});
+        let patch = json!({"status": {"capacity": capacity, "allocatable": capacity,
+            "conditions": [{"type": "Ready", "status": "True"}]}, "spec": {"taints": [taint]}});
+        nodes.patch_status(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+        nodes.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.unwrap();
+    }
+
+    /// Lays labels over those of a node.
+    pub async fn label_node(&self, name: &str, labels: Value) {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let patch = Patch::Merge(json!({"metadata": {"labels": labels}}));
+        nodes.patch(name, &PatchParams::default(), &patch).await.unwrap();
+    }
+
     /// Starts an operator for this namespace; `more` flags come last.
     pub fn operator(&self, more: &[&str]) -> Operator {
         let kubeconfig = self.server.kubeconfig_for(&self.user, Some("system:masters")).unwrap();

@@ -2,15 +2,9 @@
 
 use plimsoll_contract::abilities::Dtype;
 
+use super::super::LoadProgress;
 use super::matrix::Matrix;
 use crate::model::{Checkpoint, Linear, LoadError, Shard, TensorSpec};
-
-/// How far loading is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LoadProgress {
-    pub layers_done: usize,
-    pub layers: usize,
-}
 
 #[derive(Debug)]
 pub struct Loaded {

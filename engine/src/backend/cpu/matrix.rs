@@ -39,6 +39,7 @@ impl Matrix {
         let panels = match dtype {
             Dtype::F32 => Panels::F32(packed(parts, outer, inner)?),
             Dtype::F16 => Panels::F16(packed(parts, outer, inner)?),
+            Dtype::Bf16 => unreachable!("ABILITIES names no bf16 for the CPU"),
         };
         Ok(Matrix { outer, inner, panels })
     }

@@ -14,18 +14,18 @@ mod simd;
 
 use std::collections::VecDeque;
 
-use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
+use plimsoll_contract::abilities::Dtype;
 use plimsoll_kernels::reference::attention::PageShape;
 use rayon::prelude::*;
 
 use self::attention::Rows;
 use self::forward::Workspace;
-pub use self::load::LoadProgress;
 use self::load::Loaded;
 use self::pages::LayerPages;
 use self::sampling::{SlotState, prompt_logprob};
-use super::{Backend, BackendError, KvLayout, LayerGroup, Ticket};
-use crate::batch::{AdapterIndex, RowInput, Span, SpanOutput, Step, StepOutput, TokenId};
+use super::check::{Bounds, SlotUse, check};
+use super::{Backend, BackendError, KvLayout, LayerGroup, LoadProgress, Ticket};
+use crate::batch::{RowInput, Span, SpanOutput, Step, StepOutput, TokenId};
 use crate::model::{Checkpoint, LoadError, Plan, Shard};
 
 #[derive(Clone, Debug)]
@@ -115,7 +115,7 @@ impl Backend for CpuBackend {
     fn submit(&mut self, step: Step) -> Result<Ticket, BackendError> {
         let number = step.number;
         let run = || -> Result<StepOutput, String> {
-            self.check(&step)?;
+            check(self.bounds(), &step, |slot| self.slot_use(slot))?;
             Ok(StepOutput { number, spans: self.execute(step)? })
         };
         let output = run().map_err(|reason| BackendError::StepFailed { number, reason })?;
@@ -159,59 +159,18 @@ enum Brought {
 }
 
 impl CpuBackend {
-    /// Everything that could go wrong on the way is found before anything is changed.
-    fn check(&self, step: &Step) -> Result<(), String> {
-        for copy in &step.copies {
-            if copy.group != 0 || copy.from.0.max(copy.to.0) >= self.pages_count {
-                return Err(format!("{copy:?} is outside the pool of {} pages", self.pages_count));
-            }
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            slots: self.slots.len(),
+            pages: self.pages_count,
+            vocabulary: self.plan.vocabulary,
+            hidden: self.plan.hidden,
         }
-        let mut slots = vec![false; self.slots.len()];
-        for span in &step.spans {
-            let slot = slots.get_mut(span.slot.0 as usize);
-            if slot.is_none_or(|taken| std::mem::replace(taken, true)) {
-                return Err(format!("{:?} is taken twice or does not exist", span.slot));
-            }
-            self.check_span(span).map_err(|what| format!("{:?}: {what}", span.sequence))?;
-        }
-        Ok(())
     }
 
-    fn check_span(&self, span: &Span) -> Result<(), String> {
-        if span.adapter != AdapterIndex::BASE {
-            return Err(format!("{:?} is not loaded", span.adapter));
-        }
-        if span.inputs.is_empty() {
-            return Err("a span without rows".into());
-        }
-        let [table] = span.tables.as_slice() else {
-            return Err(format!("{} block tables for one layer group", span.tables.len()));
-        };
-        let end = span.position as usize + span.inputs.len();
-        let used = table.get(..end.div_ceil(PAGE_TOKENS as usize));
-        let used = used.ok_or_else(|| format!("a block table too short for {end} positions"))?;
-        if let Some(page) = used.iter().find(|page| page.0 >= self.pages_count) {
-            return Err(format!("{page:?} is outside the pool of {} pages", self.pages_count));
-        }
-        let state = self.slots[span.slot.0 as usize].as_ref();
-        if span.start.is_none() && state.is_none() {
-            return Err(format!("{:?} was never started", span.slot));
-        }
-        let sampled = span.start.is_none() && state.is_some_and(|state| state.last.is_some());
-        span.inputs.iter().try_for_each(|input| self.check_input(input, sampled))
-    }
-
-    fn check_input(&self, input: &RowInput, sampled: bool) -> Result<(), String> {
-        match input {
-            RowInput::Token(token) if *token as usize >= self.plan.vocabulary => {
-                Err(format!("token {token} is outside the vocabulary of {}", self.plan.vocabulary))
-            }
-            RowInput::Embedding(row) if row.len() != self.plan.hidden => {
-                Err(format!("an embedding of {} floats, not {}", row.len(), self.plan.hidden))
-            }
-            RowInput::Sampled if !sampled => Err("the slot has sampled nothing yet".into()),
-            _ => Ok(()),
-        }
+    fn slot_use(&self, slot: usize) -> SlotUse {
+        let state = self.slots[slot].as_ref();
+        SlotUse { started: state.is_some(), sampled: state.is_some_and(|s| s.last.is_some()) }
     }
 
     fn execute(&mut self, step: Step) -> Result<Vec<SpanOutput>, String> {

@@ -24,6 +24,7 @@ impl LayerPages {
         Ok(match dtype {
             Dtype::F32 => LayerPages::F32(Buffer::zeroed(len, "KV pages")?),
             Dtype::F16 => LayerPages::F16(Buffer::zeroed(len, "KV pages")?),
+            Dtype::Bf16 => unreachable!("ABILITIES names no bf16 for the CPU"),
         })
     }
 

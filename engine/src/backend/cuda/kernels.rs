@@ -1,0 +1,194 @@
+//! Every kernel a step needs, loaded once, and who takes which product: on Hopper the stream for few tokens and the tile
+//! for many, elsewhere (or when asked) the portable one.
+
+use plimsoll_kernels::device::{Buffer, Device, DeviceError};
+use plimsoll_kernels::layout::PANEL;
+use plimsoll_kernels::ops::attention::{Attention, AttentionArguments, Span};
+use plimsoll_kernels::ops::gemm::{Epilogue, GemmArguments};
+use plimsoll_kernels::ops::gemm_portable::GemmPortable;
+use plimsoll_kernels::ops::gemm_stream::{self, GemmStream};
+use plimsoll_kernels::ops::gemm_tile::GemmTile;
+use plimsoll_kernels::ops::sampling::Sampling;
+use plimsoll_kernels::ops::step::StepKernels;
+
+use super::CudaOptions;
+use super::forward::Rows;
+use super::shape::{Shape, StepShape};
+
+pub struct Kernels {
+    hopper: Option<Hopper>,
+    /// Sums are split in one way whatever the company: the stream in runs of its 64 rows, or the portable kernel with
+    /// fixed splits.
+    batch_invariant: bool,
+    portable: GemmPortable,
+    attention: Attention,
+    pub sampling: Sampling,
+    pub step: StepKernels,
+    pub partials: Buffer,
+    pub counters: Buffer,
+    pub attention_partials: Buffer,
+    pub attention_counters: Buffer,
+}
+
+struct Hopper {
+    stream: GemmStream,
+    tile: GemmTile,
+}
+
+/// Tokens that the stream takes at once.
+const STREAM_ROWS_MAX: usize = gemm_stream::ROWS_MAX;
+
+impl Kernels {
+    pub fn load(
+        device: &Device,
+        shape: &Shape,
+        step: &StepShape,
+        options: &CudaOptions,
+    ) -> Result<Kernels, DeviceError> {
+        let hopper = device.is_hopper() && !options.portable;
+        let hopper = hopper.then(|| -> Result<Hopper, DeviceError> {
+            Ok(Hopper { stream: GemmStream::load(device)?, tile: GemmTile::load(device)? })
+        });
+        let hopper = hopper.transpose()?;
+        let portable = GemmPortable::load(device)?;
+        let attention = Attention::load(device, shape.head_stored)?;
+        let (partials, counters) = match &hopper {
+            Some(hopper) => (hopper.tile.workspace_bytes(), hopper.tile.counters()),
+            None => portable_workspace(&portable, shape, step),
+        };
+        let (attention_partials, attention_counters) = (1..=step.rows_max())
+            .map(|rows| {
+                let plan = attention.plan(rows, shape.heads, shape.kv_heads);
+                plan.workspace(rows, shape.heads, shape.kv_heads, shape.head_stored)
+            })
+            .fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)));
+        Ok(Kernels {
+            hopper,
+            batch_invariant: options.batch_invariant,
+            portable,
+            attention,
+            sampling: Sampling::load(device)?,
+            step: StepKernels::load(device)?,
+            partials: device.zeroed(partials, "partial sums of products")?,
+            counters: device.zeroed(counters * 4, "counters of products")?,
+            attention_partials: device.zeroed(attention_partials * 4, "partial attention")?,
+            attention_counters: device.zeroed(attention_counters * 4, "counters of attention")?,
+        })
+    }
+
+    pub fn workspace_bytes(&self) -> usize {
+        let Kernels { partials, counters, attention_partials, attention_counters, .. } = self;
+        [partials, counters, attention_partials, attention_counters]
+            .iter()
+            .map(|buffer| buffer.bytes())
+            .sum()
+    }
+
+    /// Query blocks that the longer spans of a step can make.
+    pub fn cuts_max(&self, step: &StepShape) -> usize {
+        self.attention.cut_max(step.rows_max(), step.running_max)
+    }
+
+    /// The longer spans of a step as prefill takes them.
+    pub fn cut(&self, spans: &[Span]) -> Vec<Span> {
+        self.attention.cut(spans)
+    }
+
+    pub fn product(
+        &self,
+        device: &Device,
+        epilogue: Epilogue,
+        arguments: &GemmArguments,
+        later: Option<&GemmArguments>,
+    ) -> Result<(), DeviceError> {
+        let rows = arguments.rows as usize;
+        // SAFETY: the arguments come from `Forward`, whose buffers have the documented shapes and live as long as the
+        // backend, which waits for the stream before it goes.
+        unsafe {
+            match &self.hopper {
+                Some(hopper) if rows <= STREAM_ROWS_MAX => {
+                    hopper.stream.launch(device, epilogue, arguments, later)
+                }
+                Some(hopper) if self.batch_invariant => {
+                    (0..rows).step_by(STREAM_ROWS_MAX).try_for_each(|first| {
+                        let run = run_of(epilogue, arguments, first, STREAM_ROWS_MAX);
+                        hopper.stream.launch(device, epilogue, &run, None)
+                    })
+                }
+                Some(hopper) => hopper.tile.launch(device, epilogue, arguments),
+                None if self.batch_invariant => {
+                    let fixed = GemmArguments { splits: 1, ..*arguments };
+                    self.portable.launch(device, epilogue, &fixed)
+                }
+                None => self.portable.launch(device, epilogue, arguments),
+            }
+        }
+    }
+
+    /// Attention of a step's rows: the longer spans, then those alone.
+    pub fn attend(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as in `product`; a slot occurs once in a step (it was checked), so nobody else writes its pages.
+        unsafe {
+            if rows.prefill > 0 {
+                let prefill = AttentionArguments {
+                    first_row: rows.singles as i32,
+                    row_count: rows.prefill as i32,
+                    span_count: rows.cuts as i32,
+                    ..*arguments
+                };
+                self.attention.rope_kv(device, &prefill)?;
+                self.attention.prefill(device, &prefill)?;
+            }
+            if rows.singles > 0 {
+                let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
+                let plan = self.attention.plan(rows.singles, heads, kv_heads);
+                let decode = AttentionArguments { row_count: rows.singles as i32, ..*arguments };
+                self.attention.decode(device, &decode, plan)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Up to `rows` rows of a product from `first` on, which is a multiple of eight.
+fn run_of(epilogue: Epilogue, whole: &GemmArguments, first: usize, rows: usize) -> GemmArguments {
+    let moved = |out: usize| if whole.squares.is_null() { 0 } else { out };
+    let run = GemmArguments {
+        input: whole.input.add(first * PANEL),
+        rows: (whole.rows - first as i32).min(rows as i32),
+        squares: whole.squares.add(moved(first)),
+        ..*whole
+    };
+    let stride = whole.out_stride as usize;
+    match epilogue {
+        Epilogue::Store => GemmArguments { out: whole.out.add(first * stride), ..run },
+        Epilogue::Residual => GemmArguments {
+            out: whole.out.add(first * stride),
+            normed: whole.normed.add(first * PANEL),
+            squares_out: whole.squares_out.add(first),
+            ..run
+        },
+        Epilogue::GateUp => GemmArguments { out: whole.out.add(first * PANEL), ..run },
+        Epilogue::Logits => {
+            let kept = if whole.logits.is_null() { 0 } else { first * stride };
+            let best = whole.best.add(first * whole.tiles as usize);
+            GemmArguments { logits: whole.logits.add(kept), best, ..run }
+        }
+    }
+}
+
+/// The most that any product of a step asks for: bytes of partial sums, and counters.
+fn portable_workspace(portable: &GemmPortable, shape: &Shape, step: &StepShape) -> (usize, usize) {
+    let matrices =
+        [shape.qkv(), shape.output(), shape.gate_up(), shape.down(), shape.vocabulary_matrix()];
+    let each = matrices.map(|matrix| {
+        let (tiles, panels) = (matrix.tiles() as u32, matrix.panels() as u32);
+        portable.workspace(step.rows_max() as u32, tiles, panels)
+    });
+    each.into_iter().fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)))
+}
