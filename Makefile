@@ -15,14 +15,17 @@ help: ## List every command
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 include tests/cluster.mk
+include tests/gpu.mk
 
 .PHONY: build
 build: ## Compile both programs into target/release
 	$(CARGO) build $(RELEASE) --bins
 
+QUESTION := "Who is the harbour master of Plimsoll Bay?"
+
 .PHONY: serve
-serve: build ## Build, and serve the bundled model with no cluster: plan, address, a line to try (Ctrl-C drains)
-	$(BIN)/plimsoll up examples/local.yaml
+serve: build ## Build, and serve the bundled model with no cluster: plan, address, a first answer (Ctrl-C drains)
+	$(BIN)/plimsoll up examples/local.yaml --ask $(QUESTION)
 
 .PHONY: bench
 bench: build ## Tokens per second of the bundled model on this machine
@@ -64,11 +67,6 @@ generate: ## Write the files that come from the types: the CRD, its copy in the 
 .PHONY: cuda
 cuda: ## Install nvcc from its wheels into the cache folder; the next build compiles the kernels
 	@sh kernels/fetch-nvcc.sh
-
-.PHONY: device
-device: cuda ## On a host with an NVIDIA card: kernels against the reference, then their speed
-	$(CARGO) test --release --locked -p plimsoll-kernels --test device -- --nocapture
-	$(CARGO) run --release --locked -p plimsoll-kernels --example bandwidth
 
 # torch and transformers, which only goldens and comparisons need (5 GB).
 PEERS := torch==2.11.0 transformers==5.17.0 safetensors==0.8.0 numpy==2.4.6

@@ -2,12 +2,12 @@
 
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 
 import pytest
@@ -152,14 +152,38 @@ def test_inspect_prints_facts_and_leaves_them_for_the_operator(tmp_path):
     assert (code, report["reason"]) == (12, "ModelNotFound")
 
 
+def half_a_billion_zeros(folder):
+    """A checkpoint that takes a while to load and no room on the disk: its weights are a hole in a file."""
+    hidden, intermediate, layers, vocabulary = 1024, 4096, 32, 4096
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": 16,
+               "num_key_value_heads": 16, "head_dim": 64, "vocab_size": vocabulary, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": [vocabulary, hidden], "model.norm.weight": [hidden]}
+    for layer in range(layers):
+        p = f"model.layers.{layer}."
+        shapes |= {p + f"self_attn.{name}_proj.weight": [hidden, hidden] for name in "qkvo"}
+        shapes |= {p + f"mlp.{name}_proj.weight": [intermediate, hidden] for name in ("gate", "up")}
+        shapes |= {p + "mlp.down_proj.weight": [hidden, intermediate]}
+        shapes |= {p + f"{name}_layernorm.weight": [hidden] for name in ("input", "post_attention")}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
 def test_probes_answer_while_the_model_loads(tmp_path):
-    """A fifo in place of the tokenizer holds the loading for as long as the test wants."""
     copy = checkpoint(tmp_path)
-    tokenizer = (copy / "tokenizer.json").read_bytes()
-    (copy / "tokenizer.json").unlink()
-    os.mkfifo(copy / "tokenizer.json")
-    command = [os.environ["PLIMSOLL_ENGINE"], "serve", "--model", str(copy), "--listen", "127.0.0.1:0"]
-    process = subprocess.Popen([*command, "--log-format", "json", "--drain-grace", "0s"], stderr=subprocess.PIPE, text=True)
+    half_a_billion_zeros(copy)
+    command = [os.environ["PLIMSOLL_ENGINE"], "serve", "--model", str(copy), "--listen", "127.0.0.1:0", "--kv-tokens", "64"]
+    options = ["--device", "cpu", "--context-tokens", "64", "--log-format", "json", "--drain-grace", "0s"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
     try:
         address = json.loads(process.stderr.readline())["address"]
 
@@ -175,8 +199,7 @@ def test_probes_answer_while_the_model_loads(tmp_path):
         response, body = ask(http.client.HTTPConnection(address))
         assert response.status == 503 and int(response.getheader("retry-after")) > 0
         assert json.loads(body)["error"]["code"] == "loading"
-        threading.Thread(target=(copy / "tokenizer.json").write_bytes, args=[tokenizer], daemon=True).start()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while get("/ready")[0] != 200:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -184,3 +184,81 @@ fn a_model_of_a_hub_is_fetched_with_a_token_and_its_commit_is_known() {
         assert_eq!(planned["model"]["revision"], COMMIT);
     }
 }
+
+/// A program in the engine's place on a machine with this GPU: it answers `inspect`, and notes how it would have served.
+fn engine_with(folder: &Path, device: &str) -> PathBuf {
+    use std::os::unix::fs::PermissionsExt;
+    let facts = serde_json::json!({
+        "family": "llama", "architecture": "LlamaForCausalLM", "layers": 16, "hidden": 2048, "intermediate": 8192,
+        "parameters": {"embedding": 262_668_288, "attention": 167_772_160, "mlp": 805_306_368, "norm": 67_584, "head": 0},
+        "diskBytes": {"BF16": 2_471_628_800_u64}, "heads": 32, "kvHeads": 8, "headDim": 64, "vocabulary": 128_256,
+        "contextTokens": 131_072, "tiedHead": true, "chatTemplate": true,
+    });
+    let program = folder.join("engine");
+    let noted = folder.join("served");
+    let text = format!(
+        "#!/bin/sh\ncase \"$1 $2\" in\n'inspect --device') echo '{device}' ;;\ninspect*) echo '{facts}' ;;\nserve*) echo \"$@\" > {} ; exit 16 ;;\nesac\n",
+        noted.display()
+    );
+    std::fs::write(&program, text).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+const H200: &str = r#"{"gpu": {"name": "NVIDIA H200", "memoryBytes": 150109880320, "memoryFreeBytes": 149500000000,
+    "computeCapability": "9.0", "multiprocessors": 132, "driver": "580.95.05"}}"#;
+
+#[test]
+fn a_machine_with_a_gpu_uses_it_without_being_told() {
+    // What is said of nodes does not matter here.
+    let selector = "{nvidia.com/gpu.product: NVIDIA-L4}";
+    let spec = format!(
+        "{{model: {{source: 'file://.'}}, podTemplate: {{spec: {{nodeSelector: {selector}}}}}}}"
+    );
+    let file = manifest("gpu", &spec);
+    let folder = file.parent().unwrap();
+    let engine = engine_with(folder, H200);
+    let plan = |more: &[&str]| {
+        let mut command = plimsoll();
+        command.args(["plan", "--output", "json", "--engine"]).arg(&engine).arg("-f").arg(&file);
+        let output = command.args(more).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output).1);
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap()
+    };
+    let planned = plan(&[]);
+    assert_eq!(planned["plan"]["accelerator"], "nvidia-h200");
+    assert_eq!(planned["plan"]["dtype"], "BF16");
+    assert_eq!(planned["plan"]["memoryBytes"]["capacity"], 150_109_880_320_u64 - (640 << 20));
+    // Another machine is planned for without this one's GPU.
+    assert_eq!(plan(&["--node-memory", "64Gi"])["plan"]["accelerator"], "cpu");
+
+    let output = up(&file, &["--engine", engine.to_str().unwrap()]);
+    let (_, told) = said(&output);
+    for words in ["BF16 weights · TP 1 · nvidia-h200", "of 139 GiB", "comes before CPUs"] {
+        assert!(told.contains(words), "{words} in {told}");
+    }
+    assert_eq!(output.status.code(), Some(16), "the engine was started: {told}");
+    let served = std::fs::read_to_string(folder.join("served")).unwrap();
+    for flag in ["--device=cuda", "--dtype=bf16", "--running-max=256", "--step-tokens-max=2048"] {
+        assert!(served.contains(flag), "{flag} in {served}");
+    }
+}
+
+#[test]
+fn a_machine_without_a_gpu_is_planned_for_as_a_cpu_and_says_nothing_of_gpus() {
+    let file = manifest("no-gpu", "{model: {source: 'file://.'}, workload: {concurrency: 1}}");
+    let folder = file.parent().unwrap();
+    let device = r#"{"whyNone": "no CUDA driver: libcuda was not found on this host"}"#;
+    let engine = engine_with(folder, device);
+    let output = up(&file, &["--engine", engine.to_str().unwrap()]);
+    let (_, told) = said(&output);
+    assert!(told.contains("TP 1 · cpu") && !told.contains("GPU"), "{told}");
+    let served = std::fs::read_to_string(folder.join("served")).unwrap();
+    assert!(served.contains("--device=cpu"), "{served}");
+    // An engine that fails when it is asked costs the GPU and not the plan.
+    let broken = engine_with(folder, "no JSON");
+    let output = up(&file, &["--engine", broken.to_str().unwrap()]);
+    let (_, told) = said(&output);
+    let words = "this machine: the engine could not look for a GPU";
+    assert!(told.contains("TP 1 · cpu") && told.contains(words), "{told}");
+}

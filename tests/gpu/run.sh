@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Tests and measures the engine on a machine with an NVIDIA driver, from a pack that `make gpu-pack` made.
+#
+#   bash run.sh [check] [sanitize] [bench] [startup]      the first three without an argument; results in ./out
+#
+# check      every kernel against its plain reference, then the models against their goldens
+# sanitize   memcheck and racecheck over small shapes, where compute-sanitizer is installed
+# bench      the card's ceilings (where torch is), then the workloads of docs/perf.md
+# startup    makes 17 GB of files with torch, and times the engine from its start to the first token
+set -uo pipefail
+cd "$(dirname "$0")"
+mkdir -p out
+export PLIMSOLL_TESTS=$PWD/data
+parts=${*:-check sanitize bench}
+failed=0
+
+say() { printf '\n== %s\n' "$*"; }
+
+if [[ " $parts " == *" check "* ]]; then
+    for binary in tests/*; do
+        say "$binary"
+        timeout 240 "$binary" --nocapture >"out/$(basename "$binary").log" 2>&1 || { failed=1; echo FAILED; }
+        grep -E 'test result|panicked|FAILED|left out|^on ' "out/$(basename "$binary").log" | head -20
+    done
+fi
+
+if [[ " $parts " == *" check "* ]]; then
+    say 'held-out questions, over HTTP'
+    timeout 120 python3 heldout.py bin/plimsoll-engine data || { failed=1; echo FAILED; }
+fi
+
+if [[ " $parts " == *" sanitize "* ]]; then
+    if command -v compute-sanitizer >/dev/null; then
+        for tool in memcheck racecheck; do
+            for binary in tests/kernels-*; do
+                say "$tool $binary"
+                compute-sanitizer --tool "$tool" --error-exitcode 9 "$binary" small_shapes_for_the_memory_checker \
+                    >"out/$tool-$(basename "$binary").log" 2>&1 || { failed=1; echo FAILED; }
+                grep -E 'ERROR SUMMARY|test result' "out/$tool-$(basename "$binary").log"
+            done
+        done
+    else
+        echo 'sanitize: compute-sanitizer is not installed, so nothing was sanitized'
+    fi
+fi
+
+if [[ " $parts " == *" bench "* ]]; then
+    ceilings=()
+    if python3 -c 'import torch' 2>/dev/null; then
+        python3 ceilings.py | tee out/ceilings.json
+        ceilings=($(python3 -c 'import json; c = json.load(open("out/ceilings.json"))
+print("--read-tbps", c["read_TBps_sum"], "--bf16-tflops", c["bf16_TFLOPs_8192"])'))
+    fi
+    for model in llama-3.2-1b llama-3.1-8b; do
+        say "bench $model"
+        bin/plimsoll-engine bench --random-weights "$model" "${ceilings[@]}" --json >"out/$model.json" 2>"out/$model.log" || { failed=1; echo FAILED; }
+        cat "out/$model.log"
+    done
+fi
+
+if [[ " $parts " == *" startup "* ]]; then
+    say 'from process start to the first token of an 8B model'
+    timeout 240 python3 startup.py bin/plimsoll-engine data "${TMPDIR:-/tmp}" | tee out/startup.json || { failed=1; echo FAILED; }
+fi
+
+[ "$failed" = 0 ] && echo 'all passed' || echo 'something FAILED'
+exit "$failed"
