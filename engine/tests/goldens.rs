@@ -5,10 +5,7 @@
 
 mod support;
 
-use std::sync::Arc;
-
 use plimsoll_contract::abilities::Dtype;
-use plimsoll_engine::backend::Backend;
 use plimsoll_engine::batch::*;
 use support::*;
 
@@ -71,50 +68,18 @@ fn half_precision_stays_close_to_transformers() {
 #[test]
 fn prompts_in_chunks_of_any_size_agree() {
     for seed in 1..4 {
-        every_case(|driver, sequence| {
-            let mut dice = Dice(seed);
-            let mut got = Vec::new();
-            let mut at = 0;
-            while at < sequence.tokens.len() {
-                let end = (at + 1 + dice.below(90)).min(sequence.tokens.len());
-                got.extend(logprobs(
-                    &driver.step(vec![], vec![sequence.span(at..end, at == 0)])[0],
-                ));
-                at = end;
-            }
-            got
-        });
+        every_case(|driver, sequence| in_chunks(driver, sequence, seed));
     }
 }
 
 #[test]
 fn one_token_at_a_time_agrees() {
-    every_case(|driver, sequence| {
-        let one = |at| logprobs(&driver.step(vec![], vec![sequence.span(at..at + 1, at == 0)])[0]);
-        (0..sequence.tokens.len()).flat_map(one).collect()
-    });
+    every_case(one_at_a_time);
 }
 
 #[test]
 fn company_in_the_batch_changes_nothing() {
-    every_case(|driver, sequence| {
-        let reversed: Vec<TokenId> = sequence.tokens.iter().rev().copied().collect();
-        let others = [Sequence::new(1, &reversed, 12), Sequence::new(2, &reversed[..70], 20)];
-        let (half, end) = (sequence.tokens.len() / 2, sequence.tokens.len());
-        let first = vec![
-            others[1].span(0..33, true),
-            sequence.span(0..half, true),
-            others[0].span(0..60, true),
-        ];
-        let second = vec![
-            others[0].span(60..61, false),
-            others[1].span(33..70, false),
-            sequence.span(half..end, false),
-        ];
-        let mut got = logprobs(&driver.step(vec![], first)[1]);
-        got.extend(logprobs(&driver.step(vec![], second)[2]));
-        got
-    });
+    every_case(in_company);
 }
 
 #[test]
@@ -142,74 +107,25 @@ fn a_prefix_found_in_the_cache_agrees_with_one_computed() {
 
 #[test]
 fn a_sequence_computed_again_after_preemption_agrees() {
-    every_case(|driver, sequence| {
-        driver.step(vec![], vec![sequence.span(0..100, true)]);
-        // Its pages went to somebody else, and its slot too.
-        let thief = Sequence { table: sequence.table.clone(), ..Sequence::new(0, &[5; 90], 3) };
-        driver.step(vec![], vec![thief.span(0..90, true)]);
-        let again = Sequence::new(4, &sequence.tokens, 22);
-        let mut got = logprobs(&driver.step(vec![], vec![again.span(0..70, true)])[0]);
-        let rest = again.span(70..again.tokens.len(), false);
-        got.extend(logprobs(&driver.step(vec![], vec![rest])[0]));
-        got
-    });
+    every_case(preempted);
 }
 
-/// Prompt of 70 tokens, then `count` sampled ones, with `company` other sequences in every step.
-fn generated(company: u32, sampling: &SamplingParams, depth: usize) -> Vec<SampledToken> {
+fn generated_on_the_cpu(
+    company: u32,
+    sampling: &SamplingParams,
+    depth: usize,
+) -> Vec<SampledToken> {
     let mut backend = backend(&open(&golden_dir("llama3-rope")), Dtype::F32, 40);
-    let tokens: Vec<TokenId> = (0..70).map(|i| i * 37 % 512).collect();
-    let sequences: Vec<Sequence> = (0..=company)
-        .map(|slot| {
-            let tokens = if slot == 0 { &tokens[..] } else { &tokens[slot as usize * 9..] };
-            let mut sequence = Sequence::new(slot, tokens, 1 + 4 * slot);
-            sequence.table = (1 + 4 * slot..5 + 4 * slot).map(PageId).collect();
-            sequence.sampling = Arc::new(sampling.clone());
-            sequence
-        })
-        .collect();
-    let step = |number: u64| {
-        let spans = sequences.iter().rev().map(|sequence| {
-            let prompt = sequence.tokens.len();
-            let mut span = sequence.span(0..prompt, number == 1);
-            if number > 1 {
-                span.position = (prompt as u64 + number - 2) as u32;
-                span.inputs = vec![RowInput::Sampled];
-            }
-            (span.sample, span.prompt_logprobs) = (true, false);
-            span
-        });
-        Step { number: StepNumber(number), copies: vec![], spans: spans.collect() }
-    };
-    let mut tickets = std::collections::VecDeque::new();
-    let mut got = Vec::new();
-    for number in 1..=60 {
-        tickets.push_back(backend.submit(step(number)).unwrap());
-        if tickets.len() == depth {
-            let output = backend.collect(tickets.pop_front().unwrap()).unwrap();
-            got.push(output.spans.last().unwrap().sampled.clone().unwrap());
-        }
-    }
-    got
+    generated(&mut backend, company, sampling, depth)
 }
 
 #[test]
 fn sampled_tokens_are_the_same_alone_in_company_and_with_two_steps_in_flight() {
-    let hot = SamplingParams { seed: 3, logprobs: Some(2), ..SamplingParams::default() };
-    let cut = SamplingParams { top_p: 0.8, top_k: 40, min_p: 0.01, ..hot.clone() };
-    let greedy = SamplingParams { temperature: 0.0, ..hot.clone() };
-    let penalized = SamplingParams {
-        repetition_penalty: 1.3,
-        presence_penalty: 0.4,
-        frequency_penalty: 0.2,
-        logit_bias: vec![(7, 2.0), (9, -100.0)],
-        ..hot.clone()
-    };
-    for sampling in [hot, cut, greedy, penalized] {
-        let alone = generated(0, &sampling, 1);
+    for sampling in samplings() {
+        let alone = generated_on_the_cpu(0, &sampling, 1);
         assert_eq!(alone.len(), 60);
-        assert_eq!(generated(5, &sampling, 1), alone, "{sampling:?}");
-        assert_eq!(generated(2, &sampling, 2), alone[..59], "{sampling:?}");
+        assert_eq!(generated_on_the_cpu(5, &sampling, 1), alone, "{sampling:?}");
+        assert_eq!(generated_on_the_cpu(2, &sampling, 2), alone, "{sampling:?}");
         assert!(alone.iter().any(|token| token.token != alone[0].token), "{sampling:?}");
     }
 }

@@ -9,8 +9,8 @@ use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
 use plimsoll_engine::backend::Backend;
 use plimsoll_engine::backend::cpu::{CpuBackend, CpuOptions};
 use plimsoll_engine::batch::{
-    AdapterIndex, PageCopy, PageId, RowInput, SamplingParams, SequenceId, Slot, SlotStart, Span,
-    SpanOutput, Step, StepNumber, TokenId,
+    AdapterIndex, PageCopy, PageId, RowInput, SampledToken, SamplingParams, SequenceId, Slot,
+    SlotStart, Span, SpanOutput, Step, StepNumber, TokenId,
 };
 use plimsoll_engine::model::{Checkpoint, Config, Plan, Role, Shard, TensorSpec};
 use safetensors::tensor::TensorView;
@@ -164,6 +164,117 @@ pub fn plain(driver: &mut Driver, sequence: &Sequence) -> Vec<f64> {
 
 pub fn logprobs(output: &SpanOutput) -> Vec<f64> {
     output.prompt_logprobs.iter().map(|p| f64::from(p.logprob)).collect()
+}
+
+/// Chunks of up to 90 tokens.
+pub fn in_chunks(driver: &mut Driver, sequence: &Sequence, seed: u64) -> Vec<f64> {
+    let mut dice = Dice(seed);
+    let mut got = Vec::new();
+    let mut at = 0;
+    while at < sequence.tokens.len() {
+        let end = (at + 1 + dice.below(90)).min(sequence.tokens.len());
+        got.extend(logprobs(&driver.step(vec![], vec![sequence.span(at..end, at == 0)])[0]));
+        at = end;
+    }
+    got
+}
+
+pub fn one_at_a_time(driver: &mut Driver, sequence: &Sequence) -> Vec<f64> {
+    let one = |at| logprobs(&driver.step(vec![], vec![sequence.span(at..at + 1, at == 0)])[0]);
+    (0..sequence.tokens.len()).flat_map(one).collect()
+}
+
+/// In two halves, each among two other sequences.
+pub fn in_company(driver: &mut Driver, sequence: &Sequence) -> Vec<f64> {
+    let reversed: Vec<TokenId> = sequence.tokens.iter().rev().copied().collect();
+    let others = [Sequence::new(1, &reversed, 12), Sequence::new(2, &reversed[..70], 20)];
+    let (half, end) = (sequence.tokens.len() / 2, sequence.tokens.len());
+    let first = vec![
+        others[1].span(0..33, true),
+        sequence.span(0..half, true),
+        others[0].span(0..60, true),
+    ];
+    let second = vec![
+        others[0].span(60..61, false),
+        others[1].span(33..70, false),
+        sequence.span(half..end, false),
+    ];
+    let mut got = logprobs(&driver.step(vec![], first)[1]);
+    got.extend(logprobs(&driver.step(vec![], second)[2]));
+    got
+}
+
+/// Begun, robbed of its pages and its slot, and computed again.
+pub fn preempted(driver: &mut Driver, sequence: &Sequence) -> Vec<f64> {
+    driver.step(vec![], vec![sequence.span(0..100, true)]);
+    let thief = Sequence { table: sequence.table.clone(), ..Sequence::new(0, &[5; 90], 3) };
+    driver.step(vec![], vec![thief.span(0..90, true)]);
+    let again = Sequence::new(4, &sequence.tokens, 22);
+    let mut got = logprobs(&driver.step(vec![], vec![again.span(0..70, true)])[0]);
+    let rest = again.span(70..again.tokens.len(), false);
+    got.extend(logprobs(&driver.step(vec![], vec![rest])[0]));
+    got
+}
+
+/// Prompt of 70 tokens, then 60 sampled ones, with `company` other sequences in every step.
+pub fn generated(
+    backend: &mut dyn Backend,
+    company: u32,
+    sampling: &SamplingParams,
+    depth: usize,
+) -> Vec<SampledToken> {
+    let tokens: Vec<TokenId> = (0..70).map(|i| i * 37 % 512).collect();
+    let sequences: Vec<Sequence> = (0..=company)
+        .map(|slot| {
+            let tokens = if slot == 0 { &tokens[..] } else { &tokens[slot as usize * 9..] };
+            let mut sequence = Sequence::new(slot, tokens, 1 + 4 * slot);
+            sequence.table = (1 + 4 * slot..5 + 4 * slot).map(PageId).collect();
+            sequence.sampling = Arc::new(sampling.clone());
+            sequence
+        })
+        .collect();
+    let step = |number: u64| {
+        let spans = sequences.iter().rev().map(|sequence| {
+            let prompt = sequence.tokens.len();
+            let mut span = sequence.span(0..prompt, number == 1);
+            if number > 1 {
+                span.position = (prompt as u64 + number - 2) as u32;
+                span.inputs = vec![RowInput::Sampled];
+            }
+            (span.sample, span.prompt_logprobs) = (true, false);
+            span
+        });
+        Step { number: StepNumber(number), copies: vec![], spans: spans.collect() }
+    };
+    let mut tickets = std::collections::VecDeque::new();
+    let mut got = Vec::new();
+    for number in 1..=60 {
+        tickets.push_back(backend.submit(step(number)).unwrap());
+        if tickets.len() == depth {
+            let output = backend.collect(tickets.pop_front().unwrap()).unwrap();
+            got.push(output.spans.last().unwrap().sampled.clone().unwrap());
+        }
+    }
+    for ticket in tickets {
+        let output = backend.collect(ticket).unwrap();
+        got.push(output.spans.last().unwrap().sampled.clone().unwrap());
+    }
+    got
+}
+
+/// Every way of sampling that the API has.
+pub fn samplings() -> [SamplingParams; 4] {
+    let hot = SamplingParams { seed: 3, logprobs: Some(2), ..SamplingParams::default() };
+    let cut = SamplingParams { top_p: 0.8, top_k: 40, min_p: 0.01, ..hot.clone() };
+    let greedy = SamplingParams { temperature: 0.0, ..hot.clone() };
+    let penalized = SamplingParams {
+        repetition_penalty: 1.3,
+        presence_penalty: 0.4,
+        frequency_penalty: 0.2,
+        logit_bias: vec![(7, 2.0), (9, -100.0)],
+        ..hot.clone()
+    };
+    [hot, cut, greedy, penalized]
 }
 
 /// Numbers that look random and are the same every time.

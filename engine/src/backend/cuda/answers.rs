@@ -64,19 +64,21 @@ impl Answers {
 
     /// A drawn token; with its log-probability where that was asked for.
     pub fn sampled(&self, epoch: u32, index: usize, reports: bool) -> Result<SampledToken, String> {
-        let result = self.results.read(self.at(epoch, index));
-        if result.failed != 0 {
-            return Err("the model's logits are not finite".into());
-        }
+        let result = self.result(epoch, index)?;
         Ok(SampledToken { token: result.token, logprob: reports.then(|| logprob(&result)) })
     }
 
     pub fn logprob(&self, epoch: u32, index: usize) -> Result<TokenLogprob, String> {
+        Ok(logprob(&self.result(epoch, index)?))
+    }
+
+    /// What a row brought, once it was waited for.
+    fn result(&self, epoch: u32, index: usize) -> Result<SampleResult, String> {
         let result = self.results.read(self.at(epoch, index));
         if result.failed != 0 {
             return Err("the model's logits are not finite".into());
         }
-        Ok(logprob(&result))
+        Ok(result)
     }
 }
 

@@ -97,18 +97,31 @@ pub struct Draft {
     /// Every slot's, where any has changed.
     pub parameters: Vec<SlotParameters>,
     pub epoch: u32,
+    /// Rows that bring their own, one after the other; they do not travel with the rest.
+    pub embeddings: Vec<f32>,
     deltas: Vec<Piece>,
 }
 
 impl Draft {
     pub fn clear(&mut self) {
-        let Draft { rows, spans, wanted_rows, samples, prompts, parameters, epoch, deltas } = self;
+        let Draft {
+            rows,
+            spans,
+            wanted_rows,
+            samples,
+            prompts,
+            parameters,
+            epoch,
+            embeddings,
+            deltas,
+        } = self;
         rows.clear();
         spans.clear();
         wanted_rows.clear();
         samples.clear();
         prompts.clear();
         parameters.clear();
+        embeddings.clear();
         deltas.clear();
         *epoch = 0;
     }

@@ -16,11 +16,10 @@ use super::forward::Rows;
 use super::shape::{Shape, StepShape};
 
 pub struct Kernels {
-    hopper: Option<Hopper>,
+    products: Products,
     /// Sums are split in one way whatever the company: the stream in runs of its 64 rows, or the portable kernel with
     /// fixed splits.
     batch_invariant: bool,
-    portable: GemmPortable,
     attention: Attention,
     pub sampling: Sampling,
     pub step: StepKernels,
@@ -30,9 +29,9 @@ pub struct Kernels {
     pub attention_counters: Buffer,
 }
 
-struct Hopper {
-    stream: GemmStream,
-    tile: GemmTile,
+enum Products {
+    Hopper { stream: GemmStream, tile: GemmTile },
+    Portable(GemmPortable),
 }
 
 /// Tokens that the stream takes at once.
@@ -45,16 +44,15 @@ impl Kernels {
         step: &StepShape,
         options: &CudaOptions,
     ) -> Result<Kernels, DeviceError> {
-        let hopper = device.is_hopper() && !options.portable;
-        let hopper = hopper.then(|| -> Result<Hopper, DeviceError> {
-            Ok(Hopper { stream: GemmStream::load(device)?, tile: GemmTile::load(device)? })
-        });
-        let hopper = hopper.transpose()?;
-        let portable = GemmPortable::load(device)?;
+        let products = if device.is_hopper() && !options.portable {
+            Products::Hopper { stream: GemmStream::load(device)?, tile: GemmTile::load(device)? }
+        } else {
+            Products::Portable(GemmPortable::load(device)?)
+        };
         let attention = Attention::load(device, shape.head_stored)?;
-        let (partials, counters) = match &hopper {
-            Some(hopper) => (hopper.tile.workspace_bytes(), hopper.tile.counters()),
-            None => portable_workspace(&portable, shape, step),
+        let (partials, counters) = match &products {
+            Products::Hopper { tile, .. } => (tile.workspace_bytes(), tile.counters()),
+            Products::Portable(portable) => portable_workspace(portable, shape, step),
         };
         let (attention_partials, attention_counters) = (1..=step.rows_max())
             .map(|rows| {
@@ -63,9 +61,8 @@ impl Kernels {
             })
             .fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)));
         Ok(Kernels {
-            hopper,
+            products,
             batch_invariant: options.batch_invariant,
-            portable,
             attention,
             sampling: Sampling::load(device)?,
             step: StepKernels::load(device)?,
@@ -105,22 +102,22 @@ impl Kernels {
         // SAFETY: the arguments come from `Forward`, whose buffers have the documented shapes and live as long as the
         // backend, which waits for the stream before it goes.
         unsafe {
-            match &self.hopper {
-                Some(hopper) if rows <= STREAM_ROWS_MAX => {
-                    hopper.stream.launch(device, epilogue, arguments, later)
+            match &self.products {
+                Products::Hopper { stream, .. } if rows <= STREAM_ROWS_MAX => {
+                    stream.launch(device, epilogue, arguments, later)
                 }
-                Some(hopper) if self.batch_invariant => {
+                Products::Hopper { stream, .. } if self.batch_invariant => {
                     (0..rows).step_by(STREAM_ROWS_MAX).try_for_each(|first| {
                         let run = run_of(epilogue, arguments, first, STREAM_ROWS_MAX);
-                        hopper.stream.launch(device, epilogue, &run, None)
+                        stream.launch(device, epilogue, &run, None)
                     })
                 }
-                Some(hopper) => hopper.tile.launch(device, epilogue, arguments),
-                None if self.batch_invariant => {
+                Products::Hopper { tile, .. } => tile.launch(device, epilogue, arguments),
+                Products::Portable(portable) if self.batch_invariant => {
                     let fixed = GemmArguments { splits: 1, ..*arguments };
-                    self.portable.launch(device, epilogue, &fixed)
+                    portable.launch(device, epilogue, &fixed)
                 }
-                None => self.portable.launch(device, epilogue, arguments),
+                Products::Portable(portable) => portable.launch(device, epilogue, arguments),
             }
         }
     }

@@ -124,6 +124,8 @@ struct InFlight {
 /// Where the results of one span lie among the step's.
 #[derive(Clone, Copy, Debug, Default)]
 struct Results {
+    /// The span's first among the step's rows.
+    first_row: usize,
     prompt_first: usize,
     prompt_count: usize,
     sampled: Option<Sampled>,
@@ -296,52 +298,49 @@ impl CudaBackend {
             }
         }
         draft.parameters.extend_from_slice(self.slots.unsent_parameters());
-        self.send_embeddings(&step.spans)?;
-        let batch_invariant = self.batch_invariant;
-        let is_single = |span: &Span| span.inputs.len() == 1 && !batch_invariant;
-        let singles = step.spans.iter().filter(|span| is_single(span)).count();
+        // Singles first, then the longer spans; samples in the order of rows, prompts after all samples.
+        let is_single =
+            |&index: &usize| step.spans[index].inputs.len() == 1 && !self.batch_invariant;
+        let (singles, longer): (Vec<usize>, Vec<usize>) =
+            (0..step.spans.len()).partition(is_single);
         let is_plain = |span: &Span| {
             let own = matches!(span.inputs[0], RowInput::Embedding(_));
-            span.sample && is_single(span) && !span.prompt_logprobs && !own
+            span.sample && !span.prompt_logprobs && !own
         };
-        let every_one_samples = step.spans.iter().all(is_plain);
+        let every_one_samples = longer.is_empty() && step.spans.iter().all(is_plain);
         let padded = match every_one_samples {
-            true => record::bucket(singles).min(self.step.rows_max()),
-            false => singles,
+            true => record::bucket(singles.len()).min(self.step.rows_max()),
+            false => singles.len(),
         };
         let mut results = vec![Results::default(); step.spans.len()];
         let mut ways = Ways::Greedy;
-        let mut embedded = 0;
-        // Singles first, then the longer spans; samples in the order of rows, prompts after all samples.
-        let order = (0..step.spans.len()).filter(|&i| is_single(&step.spans[i]));
-        for index in order {
-            let span = &step.spans[index];
-            push_rows(&mut draft, span, &mut embedded);
+        let mut place = |draft: &mut Draft, index: usize| {
+            let (span, result) = (&step.spans[index], &mut results[index]);
+            result.first_row = draft.rows.len();
+            push_rows(draft, span);
             if span.sample {
                 ways = ways.max(self.slots.ways(span.slot.0 as usize));
-                results[index].sampled = Some(self.push_sample(&mut draft, span));
+                result.sampled = Some(self.push_sample(draft, span));
             }
-        }
+        };
+        singles.iter().for_each(|&index| place(&mut draft, index));
         draft.rows.resize(padded, PADDING);
-        let mut cuts = Vec::new();
-        for (span, result) in step.spans.iter().zip(&mut results) {
-            if is_single(span) {
-                continue;
-            }
+        let mut cuts = Vec::with_capacity(longer.len());
+        for index in longer {
+            let span = &step.spans[index];
             cuts.push(DeviceSpan {
                 first: draft.rows.len() as i32,
                 rows: span.inputs.len() as i32,
                 slot: span.slot.0.cast_signed(),
                 position: span.position.cast_signed(),
             });
-            push_rows(&mut draft, span, &mut embedded);
-            if span.sample {
-                ways = ways.max(self.slots.ways(span.slot.0 as usize));
-                result.sampled = Some(self.push_sample(&mut draft, span));
-            }
+            place(&mut draft, index);
         }
         draft.spans = self.kernels.cut(&cuts);
         self.gather_prompts(&step.spans, &mut draft, &mut results);
+        if !draft.embeddings.is_empty() {
+            self.space.put_embeddings(&self.device, &draft.embeddings)?;
+        }
         for span in &step.spans {
             let (slot, end) = (span.slot.0 as usize, span.position as usize + span.inputs.len());
             self.input.update_table(&mut draft, slot, &span.tables[0], end);
@@ -362,23 +361,15 @@ impl CudaBackend {
 
     /// For each row whose next position is still prompt: which logits, which token.
     fn gather_prompts(&self, spans: &[Span], draft: &mut Draft, results: &mut [Results]) {
-        let mut first_of = vec![0; spans.len()];
-        let is_single = |span: &Span| span.inputs.len() == 1 && !self.batch_invariant;
-        let (mut single, mut long) = (0, draft.rows.len());
-        long -= spans.iter().filter(|s| !is_single(s)).map(|s| s.inputs.len()).sum::<usize>();
-        for (index, span) in spans.iter().enumerate() {
-            let next = if is_single(span) { &mut single } else { &mut long };
-            first_of[index] = *next;
-            *next += span.inputs.len();
-        }
         let samples = draft.samples.len();
-        for (index, span) in spans.iter().enumerate().filter(|(_, span)| span.prompt_logprobs) {
+        let wanted = spans.iter().zip(results).filter(|(span, _)| span.prompt_logprobs);
+        for (span, result) in wanted {
             let slot = span.slot.0 as usize;
             let first = draft.prompts.len();
             for row in 0..span.inputs.len() {
                 let position = span.position as usize + row + 1;
                 let Some(token) = self.slots.prompt_token(slot, position) else { break };
-                draft.wanted_rows.push((first_of[index] + row) as i32);
+                draft.wanted_rows.push((result.first_row + row) as i32);
                 draft.prompts.push(PromptRow {
                     // Logits are computed for as many rows at once as there is room for.
                     row: (draft.prompts.len() % self.step.head_rows()) as i32,
@@ -387,23 +378,9 @@ impl CudaBackend {
                     unused: 0,
                 });
             }
-            results[index].prompt_first = samples + first;
-            results[index].prompt_count = draft.prompts.len() - first;
+            result.prompt_first = samples + first;
+            result.prompt_count = draft.prompts.len() - first;
         }
-    }
-
-    /// Embedding rows, in the order of the spans that hold them: singles first.
-    fn send_embeddings(&mut self, spans: &[Span]) -> Result<(), DeviceError> {
-        let is_single = |span: &&Span| span.inputs.len() == 1 && !self.batch_invariant;
-        let singles = spans.iter().filter(is_single);
-        let longer = spans.iter().filter(|span| !is_single(span));
-        let inputs = singles.chain(longer).flat_map(|span| &span.inputs);
-        let rows = inputs.filter_map(|input| match input {
-            RowInput::Embedding(row) => Some(row),
-            _ => None,
-        });
-        let values: Vec<f32> = rows.flat_map(|row| row.iter().copied()).collect();
-        if values.is_empty() { Ok(()) } else { self.space.put_embeddings(&self.device, &values) }
     }
 
     fn queue(&mut self, step: &Step, gathered: &Gathered) -> Result<(), DeviceError> {
@@ -495,15 +472,16 @@ impl CudaBackend {
     }
 }
 
-/// A span's rows. `embedded` counts the step's embedding rows.
-fn push_rows(draft: &mut Draft, span: &Span, embedded: &mut i32) {
+/// A span's rows, and the embeddings that some of them bring.
+fn push_rows(draft: &mut Draft, span: &Span) {
     for (position, input) in (span.position..).zip(&span.inputs) {
         let token = match input {
             RowInput::Token(token) => token.cast_signed(),
             RowInput::Sampled => -1,
-            RowInput::Embedding(_) => {
-                *embedded += 1;
-                -1 - *embedded
+            RowInput::Embedding(row) => {
+                let number = draft.embeddings.len() / row.len();
+                draft.embeddings.extend_from_slice(row);
+                -2 - number as i32
             }
         };
         let (slot, position) = (span.slot.0.cast_signed(), position.cast_signed());

@@ -48,8 +48,7 @@ impl Recorded {
         ways: Ways,
         queue: impl FnOnce() -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
-        self.record(device, rows, ways, queue)?;
-        device.replay(&self.graphs[&(rows, ways)])
+        device.replay(self.record(device, rows, ways, queue)?)
     }
 
     pub fn record(
@@ -58,11 +57,11 @@ impl Recorded {
         rows: usize,
         ways: Ways,
         queue: impl FnOnce() -> Result<(), DeviceError>,
-    ) -> Result<(), DeviceError> {
-        if let Entry::Vacant(place) = self.graphs.entry((rows, ways)) {
-            place.insert(device.record(queue)?);
-        }
-        Ok(())
+    ) -> Result<&Graph, DeviceError> {
+        Ok(match self.graphs.entry((rows, ways)) {
+            Entry::Occupied(graph) => graph.into_mut(),
+            Entry::Vacant(place) => place.insert(device.record(queue)?),
+        })
     }
 }
 
