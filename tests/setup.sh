@@ -86,4 +86,5 @@ version=k8s.io/component-base/version
 build kube "-X $version.gitVersion=v1.34.4 -X $version.gitMajor=1 -X $version.gitMinor=34"
 build addons
 build pause
+build judges
 exit $missing

@@ -19,8 +19,17 @@ pub const APPLIED: &str = "plimsoll.dev/applied";
 /// On an inspect Job: the uid of the object that made it, and the digest of what it was rendered from.
 pub const MADE_FOR: &str = "plimsoll.dev/made-for";
 
+/// On a namespace: its pods may reach engines that let in their own namespace only.
+pub const CLIENTS: &str = "plimsoll.dev/clients";
+/// On a pod: Karpenter takes no node from under it.
+pub const DO_NOT_DISRUPT: &str = "karpenter.sh/do-not-disrupt";
+/// On a node: Karpenter made it.
+pub const NODE_POOL: &str = "karpenter.sh/nodepool";
+
 /// The container that answers requests.
 pub const ENGINE: &str = "engine";
+/// The init container that downloads.
+pub const FETCH: &str = "fetch";
 /// The Service's port and the container's, and the name both have.
 pub const PORT_SERVICE: u16 = 80;
 pub const PORT_ENGINE: u16 = 8000;
