@@ -21,6 +21,7 @@ containerd:/usr/bin/containerd
 runc:/usr/sbin/runc
 containernetworking-plugins:/usr/lib/cni/bridge
 iptables:/usr/sbin/iptables
+ipset:/usr/sbin/ipset
 conntrack:/usr/sbin/conntrack
 iproute2:/usr/sbin/ip
 util-linux:/usr/bin/nsenter

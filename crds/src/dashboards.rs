@@ -80,6 +80,7 @@ fn fleet() -> Value {
         stat("Waiting", "Choices in queues", format!("sum({})", of(engine::REQUESTS_WAITING.ours))),
         Panel {
             unit: "tokens/s",
+            width: 8,
             ..stat(
                 "Generated",
                 "Tokens per second of all engines",
@@ -170,6 +171,7 @@ fn deployment() -> Value {
         ),
         Panel {
             unit: "s",
+            width: 8,
             ..stat(
                 "Start",
                 "From the process's start until it answers",

@@ -62,7 +62,7 @@ def draw_stat(panel, series, box):
     x, y, width, height = box
     values = [float(one["values"][-1][1]) for one in series]
     words = shown(values[0], panel["unit"]) if values else "no data"
-    return [text(x + width / 2, y + height * 0.68, words, 24, "middle", "#1f77b4", "bold")]
+    return [text(x + width / 2, y + height * 0.68, words, 22, "middle", "#1f77b4", "bold")]
 
 
 def draw_table(panel, series, box):
@@ -81,7 +81,7 @@ def draw_table(panel, series, box):
 
 def draw_lines(panel, series, box):
     x, y, width, height = box
-    left, right, top, bottom = x + 64, x + width - 10, y + 30, y + height - 40
+    left, right, top, bottom = x + 92, x + width - 10, y + 30, y + height - 40
     finite = [float(v) for one in series for _, v in one["values"] if math.isfinite(float(v))]
     if not finite:
         return [text(x + width / 2, y + height / 2, "no data", 12, "middle", "#888")]

@@ -159,7 +159,7 @@ fn spec_is_kept_as_written_but_for_replicas() {
 }
 
 #[test]
-fn scaling_goes_through_the_subresource_with_a_selector() {
+fn kubeai_scaling_goes_through_the_subresource_with_a_selector() {
     let Some(server) = shared_api_server() else { return };
     let kubectl = install(&server);
     kubectl.apply(&manifest("scaled", "{model: {source: 'hf://a/b'}}")).unwrap();
@@ -176,7 +176,7 @@ fn scaling_goes_through_the_subresource_with_a_selector() {
 }
 
 #[test]
-fn tables_show_status_at_a_glance() {
+fn aibrix_1609_tables_show_status_at_a_glance() {
     let Some(server) = shared_api_server() else { return };
     let kubectl = install(&server);
     kubectl.apply(&manifest("shown", "{model: {source: 'hf://a/b'}}")).unwrap();

@@ -30,7 +30,9 @@ fn installed() -> Option<Shared<Node>> {
     let node = shared_node()?;
     let told = INSTALLED.get_or_init(|| {
         let hub = format!("hubEndpoint=http://{HUB}");
-        install::install(&node, &[&hub]).map_err(|error| format!("{error:#}"))
+        // What every story does, it does under policies that hold.
+        let installed = node.enforce_policies().and_then(|()| install::install(&node, &[&hub]));
+        installed.map_err(|error| format!("{error:#}"))
     });
     assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
     Some(node)
@@ -94,6 +96,7 @@ fn a_manifest_becomes_streamed_answers_and_leaves_nothing_behind() {
     the_object_reads_well(&stage);
     the_upgrade_brought_what_is_new(&stage);
     prometheus_sees_engine_and_operator(&stage);
+    only_whom_the_spec_lets_in_comes_in_and_nothing_goes_out(&stage);
     a_killed_pod_comes_back(&stage, address);
     an_update_under_load_loses_nothing(&stage, address);
 
@@ -229,6 +232,68 @@ fn draw_dashboards(stage: &Stage<'_>, prometheus: &Prometheus<'_>, folder: &str)
     let values = ["--set", "namespace=story", "--set", "llmdeployment=plim", "--minutes", "3"];
     let output = stage.node.command(&[&words[..], &values].concat()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A pod that serves a page, and from which a test looks around.
+fn looker(name: &str, labels: &Value) -> String {
+    let container = json!({
+        "name": "looker", "image": "localhost/toolbox:1", "imagePullPolicy": "Never",
+        "command": ["sh", "-c", "echo page >/tmp/index.html; exec httpd -f -p 8080 -h /tmp"],
+        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+        "readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
+    });
+    let security = json!({"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}});
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 0},
+    })
+    .to_string()
+}
+
+/// The agent is kube-router's controller; it needs a moment for each change.
+fn only_whom_the_spec_lets_in_comes_in_and_nothing_goes_out(stage: &Stage<'_>) {
+    let strangers = Stage::new(stage.node, "strangers").unwrap();
+    for (stage, name, labels) in [
+        (stage, "neighbour", json!({})),
+        (&strangers, "stranger", json!({})),
+        // Its labels put it under the policy of the engines; it is none.
+        (stage, "like-an-engine", json!({"plimsoll.dev/name": "plim"})),
+    ] {
+        stage.apply(&looker(name, &labels)).unwrap();
+        stage
+            .run(&["wait", "--for=condition=Ready", "--timeout=60s", &format!("pod/{name}")])
+            .unwrap();
+    }
+    let reaches = |stage: &Stage<'_>, pod: &str, url: &str| {
+        stage
+            .run(&["exec", pod, "--", "curl", "-sSf", "-o", "/dev/null", "--max-time", "2", url])
+            .is_ok()
+    };
+    let soon = |what: &str, holds: &dyn Fn() -> bool| {
+        wait_until(what, Duration::from_secs(30), || Ok(holds().then_some(()))).unwrap();
+    };
+    let model = "http://plim.story.svc.cluster.local/health";
+    soon("the whole cluster comes in", &|| reaches(&strangers, "stranger", model));
+    let clients = |clients: Value| {
+        let patch = json!({"spec": {"network": {"clients": clients}}}).to_string();
+        stage.run(&["patch", "llmd", "plim", "--type=merge", "--patch", &patch]).unwrap();
+    };
+    clients(json!("Namespace"));
+    soon("a stranger is kept out", &|| !reaches(&strangers, "stranger", model));
+    assert!(reaches(stage, "neighbour", model), "a neighbour comes in");
+    let label = ["label", "namespace", "strangers", "plimsoll.dev/clients=true"];
+    stage.node.kubectl().run(&label).unwrap();
+    soon("an invited stranger comes in", &|| reaches(&strangers, "stranger", model));
+    clients(Value::Null);
+
+    let pod = strangers.get(&["pod", "stranger"]).unwrap();
+    let page = format!("http://{}:8080/index.html", pod["status"]["podIP"].as_str().unwrap());
+    assert!(reaches(stage, "neighbour", &page), "the page is there");
+    assert!(!reaches(stage, "like-an-engine", &page), "an engine reaches nothing");
+    let names = ["exec", "like-an-engine", "--", "nslookup", "plim.story.svc.cluster.local"];
+    stage.run(&names).unwrap();
+    stage.run(&["delete", "pod", "neighbour", "like-an-engine"]).unwrap();
+    stage.wait_ready("plim").unwrap();
 }
 
 fn a_killed_pod_comes_back(stage: &Stage<'_>, address: SocketAddr) {

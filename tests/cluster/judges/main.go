@@ -3,9 +3,11 @@
 //
 //	judges health HEALTH.LUA FLUX.YAML < OBJECTS
 //	judges monitoring < OBJECTS
+//	judges policies KUBECONFIG NODE SERVICE-NETWORK
 //
 // Objects are JSON, one after the other; so are the judgements, in the same order. The second form reads PodMonitors and
-// PrometheusRules into the types of the Prometheus operator, and refuses a field that they do not have.
+// PrometheusRules into the types of the Prometheus operator, and refuses a field that they do not have. The third judges
+// packets: kube-router's controller turns the NetworkPolicies of a cluster into firewall rules of this node, and stays.
 package main
 
 import (
@@ -15,14 +17,22 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
+	"github.com/cloudnativelabs/kube-router/v2/pkg/controllers/netpol"
+	"github.com/cloudnativelabs/kube-router/v2/pkg/healthcheck"
+	"github.com/cloudnativelabs/kube-router/v2/pkg/options"
 	"github.com/fluxcd/pkg/apis/kustomize"
 	"github.com/fluxcd/pkg/runtime/cel"
 	monitoring "github.com/prometheus-operator/prometheus-operator/pkg/apis/monitoring/v1"
 	lua "github.com/yuin/gopher-lua"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/cli-utils/pkg/kstatus/status"
 	"sigs.k8s.io/yaml"
 )
@@ -48,8 +58,11 @@ func main() {
 		err = judgeAll(os.Args[2], os.Args[3])
 	case len(os.Args) == 2 && os.Args[1] == "monitoring":
 		err = readStrictly()
+	case len(os.Args) == 5 && os.Args[1] == "policies":
+		err = enforce(os.Args[2], os.Args[3], os.Args[4])
 	default:
 		fmt.Fprintln(os.Stderr, "judges health HEALTH.LUA FLUX.YAML, or judges monitoring; objects on standard input")
+		fmt.Fprintln(os.Stderr, "judges policies KUBECONFIG NODE SERVICE-NETWORK")
 		os.Exit(2)
 	}
 	if err != nil {
@@ -208,4 +221,50 @@ func toLua(state *lua.LState, value any) lua.LValue {
 		return lua.LNumber(value)
 	}
 	return lua.LNil
+}
+
+// enforce runs the part of kube-router that reads policies, and none of its routing or proxying.
+func enforce(kubeconfig, node, services string) error {
+	client, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return err
+	}
+	cluster, err := kubernetes.NewForConfig(client)
+	if err != nil {
+		return err
+	}
+	config := options.NewKubeRouterConfig()
+	config.HostnameOverride, config.ClusterIPCIDRs = node, []string{services}
+	config.EnableIPv4, config.EnableIPv6 = true, false
+	tables, sets, err := netpol.NewIPTablesHandlers(config)
+	if err != nil {
+		return err
+	}
+	shared := informers.NewSharedInformerFactory(cluster, 0)
+	pods, namespaces := shared.Core().V1().Pods().Informer(), shared.Core().V1().Namespaces().Informer()
+	policies := shared.Networking().V1().NetworkPolicies().Informer()
+	var lock sync.Mutex
+	controller, err := netpol.NewNetworkPolicyController(cluster, config, pods, policies, namespaces, &lock, tables, sets)
+	if err != nil {
+		return err
+	}
+	for informer, handler := range map[cache.SharedIndexInformer]cache.ResourceEventHandler{
+		pods: controller.PodEventHandler, namespaces: controller.NamespaceEventHandler, policies: controller.NetworkPolicyEventHandler,
+	} {
+		if _, err := informer.AddEventHandler(handler); err != nil {
+			return err
+		}
+	}
+	shared.Start(nil)
+	shared.WaitForCacheSync(nil)
+	// Nobody listens for signs of life here.
+	beats := make(chan *healthcheck.ControllerHeartbeat)
+	go func() {
+		for range beats {
+		}
+	}()
+	var running sync.WaitGroup
+	running.Add(1)
+	controller.Run(beats, nil, &running)
+	return nil
 }
