@@ -9,6 +9,7 @@ mod forward;
 mod input;
 mod kernels;
 mod model;
+mod planned;
 mod record;
 mod shape;
 mod slots;
@@ -27,7 +28,7 @@ use self::answers::Answers;
 use self::clock::{StepClock, StepTime};
 use self::forward::{Forward, HeadInput, Rows};
 use self::input::{Draft, Input, RING};
-use self::kernels::Kernels;
+use self::kernels::{Card, Kernels};
 use self::model::DeviceModel;
 use self::record::{Recorded, Ways};
 use self::shape::{Shape, StepShape};
@@ -179,14 +180,11 @@ impl CudaBackend {
             context_tokens: options.context_tokens as usize,
         };
         let pages_bytes = options.kv_pages as usize * shape.page_bytes();
+        let card = Card::of(&device, options.portable);
         let kernels = Kernels::load(&device, &shape, &step, &options).map_err(device_error)?;
-        let cuts_max = kernels.cuts_max(&step);
+        let cuts_max = card.cuts_max(&shape, &step);
         let planned_bytes = model::bytes(plan, &shape)
-            + model::rope_bytes(&shape, step.context_tokens)
-            + space::bytes(&shape, &step)
-            + input::bytes(&step, cuts_max)
-            + slots::bytes(&shape, &step)
-            + kernels.workspace_bytes()
+            + planned::workspace_bytes(card, &shape, &step)
             + pages_bytes;
         let model = model::load(&device, plan, &shape, source, step.context_tokens, progress)?;
         let allocate = || -> Result<_, DeviceError> {
