@@ -119,7 +119,7 @@ pub fn run_suite(
     let free = || device.memory().map(|(free, total)| (total - free) as u64).unwrap_or(0);
     let context_bytes = free();
     let source = Source::Random { plan: &plan, seed: 1 };
-    let backend = CudaBackend::load(Arc::clone(&device), source, cuda, &mut |_| ())
+    let mut backend = CudaBackend::load(Arc::clone(&device), source, cuda, &mut |_| ())
         .map_err(|error| error.report())?;
     let planned_bytes = backend.planned_bytes() + context_bytes;
     let clock = backend.clock();

@@ -104,7 +104,8 @@ pub struct CudaBackend {
     batch_invariant: bool,
     draft: Draft,
     in_flight: VecDeque<InFlight>,
-    clock: Arc<StepClock>,
+    /// None where nobody asked how long steps take: then none is marked.
+    clock: Option<Arc<StepClock>>,
     /// Beginning and end of the step that was collected last, and the end of the one before it.
     times: Option<(Mark, Mark)>,
     last_end: Option<Mark>,
@@ -117,7 +118,8 @@ pub struct CudaBackend {
 struct InFlight {
     number: StepNumber,
     epoch: u32,
-    begin: Mark,
+    /// None where nobody asked for times.
+    begin: Option<Mark>,
     end: Mark,
     spans: Vec<Results>,
 }
@@ -226,7 +228,7 @@ impl CudaBackend {
             batch_invariant: options.batch_invariant,
             draft: Draft::default(),
             in_flight: VecDeque::new(),
-            clock: Arc::default(),
+            clock: None,
             times: None,
             last_end: None,
             epoch: 0,
@@ -237,9 +239,9 @@ impl CudaBackend {
         Ok(backend)
     }
 
-    /// How long steps take, by the device's clock.
-    pub fn clock(&self) -> Arc<StepClock> {
-        Arc::clone(&self.clock)
+    /// How long steps take from now on, by the device's clock.
+    pub fn clock(&mut self) -> Arc<StepClock> {
+        Arc::clone(self.clock.get_or_insert_default())
     }
 
     /// Device memory that was computed before it was taken.
@@ -445,13 +447,13 @@ impl CudaBackend {
 
     /// The results come before the step's end, so the step before it is the one whose times are known now.
     fn note_time(&mut self, flight: InFlight) {
-        let InFlight { begin, end, .. } = flight;
-        let before = self.times.replace((begin, end));
+        let (Some(clock), Some(begin)) = (&self.clock, flight.begin) else { return };
+        let before = self.times.replace((begin, flight.end));
         let Some((begin, end)) = before else { return };
         let busy = begin.seconds_until(&end);
         let idle = self.last_end.as_ref().map(|last| last.seconds_until(&begin));
         if let (Ok(busy), Some(Ok(idle))) = (busy, idle) {
-            self.clock.note(StepTime { idle, busy });
+            clock.note(StepTime { idle, busy });
         }
         self.last_end = Some(end);
     }
@@ -500,7 +502,8 @@ impl Backend for CudaBackend {
         let lost = |error: DeviceError| BackendError::DeviceLost(error.to_string());
         self.device.bind().map_err(lost)?;
         let gathered = self.gather(&mut step).map_err(lost)?;
-        let begin = self.device.mark().map_err(lost)?;
+        let begin = self.clock.is_some().then(|| self.device.mark());
+        let begin = begin.transpose().map_err(lost)?;
         self.queue(&step, &gathered).map_err(lost)?;
         let end = self.device.mark().map_err(lost)?;
         let (epoch, spans) = (self.epoch, gathered.results);
