@@ -1,7 +1,8 @@
 //! `bench`: tokens per second of a checkpoint without HTTP, through the same scheduler and step loop that serve it; and
-//! its verbs: a server over HTTP, the seed method. Enters: a model directory, or the name of a
+//! its verbs: a server over HTTP, each kernel by itself, the seed method. Enters: a model directory, or the name of a
 //! shape and a seed, and a load. Leaves: a table and JSON. Never here: text, and sockets but in `serve`.
 
+mod kernels;
 mod seed;
 mod serve;
 mod suite;
@@ -81,6 +82,7 @@ struct Round {
     first_tokens: Vec<Duration>,
 }
 
+pub use kernels::{KernelsOptions, KernelsReport, run_kernels};
 pub use seed::{SeedModel, SeedReport, run_seed};
 pub use serve::{Arrivals, Failures, ServeOptions, ServeReport, Spread, run_serve};
 pub use suite::{Ceilings, Steps, SuiteOptions, SuiteReport, run_suite};

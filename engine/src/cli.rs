@@ -31,7 +31,7 @@ pub enum Verb {
     Inspect(InspectArgs),
     /// Download a model from a hub into a directory; safe to repeat.
     Fetch(FetchArgs),
-    /// Measure tokens per second of a model, without HTTP; or, by its verbs, a server, the seed method.
+    /// Measure tokens per second of a model, without HTTP; or, by its verbs, a server, kernels, the seed method.
     Bench(BenchArgs),
 }
 
@@ -144,6 +144,8 @@ pub struct BenchArgs {
 pub enum BenchVerb {
     /// Drive a running server over HTTP: TTFT, TPOT, ITL, end-to-end latency, throughput, and failures by kind.
     Serve(BenchServeArgs),
+    /// Time each kernel of a step by itself on the GPU, beside what the card's bandwidth and FLOP allow.
+    Kernels(BenchKernelsArgs),
     /// 49 short prompts one by one, ten sampled tokens each: the latency of a request.
     Seed(BenchSeedArgs),
 }
@@ -183,6 +185,37 @@ pub struct BenchServeArgs {
     /// A server that sends nothing for so long has failed a request.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     pub silence_max: Duration,
+    /// Also write the report as JSON here.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchKernelsArgs {
+    /// A published shape, whose weights are made on the GPU.
+    #[arg(value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES))]
+    pub model: String,
+    /// Sequences of a decode step, each with one row.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,8,32,128,256", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub rows: Vec<u32>,
+    /// Tokens that each of them has in the KV cache.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "128,1024,8192", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub contexts: Vec<u32>,
+    /// Tokens of a prompt that is one step.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "512,2048,8192", value_parser = clap::value_parser!(u32).range(2..=65536))]
+    pub prompts: Vec<u32>,
+    /// Tokens that the KV cache holds: what needs more is left out, and said to be.
+    #[arg(long, value_name = "N", default_value_t = 278_528, value_parser = clap::value_parser!(u32).range(64..))]
+    pub kv_tokens: u32,
+    /// TB/s that the card reads at most, for the floors.
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.read_tbps)]
+    pub read_tbps: f64,
+    /// TFLOP/s that the card computes at most in bf16, for the floors.
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.bf16_tflops)]
+    pub bf16_tflops: f64,
+    /// Use the kernels that run on every card, also on Hopper.
+    #[arg(long)]
+    pub portable: bool,
     /// Also write the report as JSON here.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -333,7 +366,7 @@ mod tests {
         };
         assert!(bench("").is_err(), "a model or a verb");
         assert!(bench("--model m").unwrap().verb.is_none());
-        assert!(bench("seed").is_err() && bench("serve").is_err());
+        assert!(bench("seed").is_err() && bench("serve").is_err() && bench("kernels").is_err());
         let Some(BenchVerb::Serve(args)) = bench("serve --url http://h").unwrap().verb else {
             panic!("parsed another verb")
         };
@@ -341,6 +374,7 @@ mod tests {
         assert!(bench("serve --url http://h --rate 0").is_err());
         assert!(bench("serve --url http://h --rate 3 --concurrency 2").is_err());
         assert!(bench("--model m serve --url http://h").is_err());
+        assert!(bench("kernels llama-3.1-8b --rows 1,8").is_ok());
         assert!(bench("seed --random-weights llama-3.2-1b --device cpu").is_err());
     }
 

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use plimsoll_contract::exit::ExitReport;
 use plimsoll_engine::bench::{
-    Arrivals, BenchOptions, Ceilings, SeedModel, ServeOptions, Steps, SuiteOptions,
+    Arrivals, BenchOptions, Ceilings, KernelsOptions, SeedModel, ServeOptions, Steps, SuiteOptions,
 };
 use plimsoll_engine::cli::{
-    BenchArgs, BenchSeedArgs, BenchServeArgs, BenchVerb, Cli, FetchArgs, InspectArgs, LoadArgs,
-    Verb,
+    BenchArgs, BenchKernelsArgs, BenchSeedArgs, BenchServeArgs, BenchVerb, Cli, FetchArgs,
+    InspectArgs, LoadArgs, Verb,
 };
 use plimsoll_engine::{bench, exit, fetch, inspect, logs, serve};
 
@@ -71,6 +71,7 @@ fn measure(args: &BenchArgs) -> Result<(), ExitReport> {
     match &args.verb {
         None => measure_load(&args.load),
         Some(BenchVerb::Serve(args)) => measure_server(args),
+        Some(BenchVerb::Kernels(args)) => measure_kernels(args),
         Some(BenchVerb::Seed(args)) => measure_seed(args),
     }
 }
@@ -143,6 +144,21 @@ fn measure_server(args: &BenchServeArgs) -> Result<(), ExitReport> {
     }
     let first = report.failures.values().next().map_or("", |failures| &failures.first);
     Err(exit::internal(format!("none of {} requests succeeded: {first}", report.requests)))
+}
+
+fn measure_kernels(args: &BenchKernelsArgs) -> Result<(), ExitReport> {
+    let numbers = |list: &[u32]| list.iter().map(|&n| n as usize).collect();
+    let options = KernelsOptions {
+        name: args.model.clone(),
+        rows: numbers(&args.rows),
+        contexts: numbers(&args.contexts),
+        prompts: numbers(&args.prompts),
+        kv_tokens: args.kv_tokens,
+        ceilings: Ceilings { read_tbps: args.read_tbps, bf16_tflops: args.bf16_tflops },
+        portable: args.portable,
+    };
+    let report = bench::run_kernels(&options, &mut |step| eprintln!("{step}"))?;
+    tell(&report.table(), &report.json(), args.json.as_deref())
 }
 
 fn measure_seed(args: &BenchSeedArgs) -> Result<(), ExitReport> {

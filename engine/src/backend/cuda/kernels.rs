@@ -173,26 +173,54 @@ impl Kernels {
         rows: Rows,
         arguments: &AttentionArguments,
     ) -> Result<(), DeviceError> {
-        // SAFETY: as in `product`; a slot occurs once in a step (it was checked), so nobody else writes its pages.
-        unsafe {
-            if rows.prefill > 0 {
-                let prefill = AttentionArguments {
-                    first_row: rows.singles as i32,
-                    row_count: rows.prefill as i32,
-                    span_count: rows.cuts as i32,
-                    ..*arguments
-                };
-                self.attention.rope_kv(device, &prefill)?;
-                self.attention.prefill(device, &prefill)?;
-            }
-            if rows.singles > 0 {
-                let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
-                let plan = self.attention.plan(rows.singles, heads, kv_heads);
-                let decode = AttentionArguments { row_count: rows.singles as i32, ..*arguments };
-                self.attention.decode(device, &decode, plan)?;
-            }
+        if rows.prefill > 0 {
+            self.rope_kv(device, rows, arguments)?;
+            self.attend_longer(device, rows, arguments)?;
         }
-        Ok(())
+        if rows.singles > 0 { self.attend_singles(device, rows, arguments) } else { Ok(()) }
+    }
+
+    /// RoPE of the longer spans, and their keys and values into pages.
+    pub fn rope_kv(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as in `product`; a slot occurs once in a step (it was checked), so nobody else writes its pages.
+        unsafe { self.attention.rope_kv(device, &longer(rows, arguments)) }
+    }
+
+    pub fn attend_longer(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as above.
+        unsafe { self.attention.prefill(device, &longer(rows, arguments)) }
+    }
+
+    pub fn attend_singles(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
+        let plan = self.attention.plan(rows.singles, heads, kv_heads);
+        let decode = AttentionArguments { row_count: rows.singles as i32, ..*arguments };
+        // SAFETY: as above.
+        unsafe { self.attention.decode(device, &decode, plan) }
+    }
+}
+
+fn longer(rows: Rows, arguments: &AttentionArguments) -> AttentionArguments {
+    AttentionArguments {
+        first_row: rows.singles as i32,
+        row_count: rows.prefill as i32,
+        span_count: rows.cuts as i32,
+        ..*arguments
     }
 }
 

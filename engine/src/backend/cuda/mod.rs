@@ -9,6 +9,7 @@ mod forward;
 mod input;
 mod kernels;
 mod model;
+pub mod parts;
 mod planned;
 mod record;
 mod shape;
@@ -26,7 +27,7 @@ use plimsoll_kernels::ops::sampling::{PromptRow, SampleRow};
 
 use self::answers::Answers;
 use self::clock::{StepClock, StepTime};
-use self::forward::{Forward, HeadInput, Rows};
+use self::forward::{Forward, HeadInput, PRODUCTS_AHEAD, Rows};
 use self::input::{Draft, Input, RING};
 use self::kernels::{Card, Kernels};
 use self::model::DeviceModel;
@@ -274,6 +275,7 @@ impl CudaBackend {
             answers: &self.answers,
             pages: self.pages.pointer(),
             pages_count: self.bounds.pages as usize,
+            ahead: PRODUCTS_AHEAD,
         }
     }
 
