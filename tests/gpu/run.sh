@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests and measures the engine on a machine with an NVIDIA driver, from a pack that `make gpu-pack` made.
 #
-#   bash run.sh [check] [sanitize] [bench] [kernels] [startup] [serve]      the first four without an argument; results in ./out
+#   bash run.sh [check] [sanitize] [bench] [kernels] [startup] [serve] [peers]      the first four without an argument; results in ./out
 #
 # check      every kernel against its plain reference, then the models against their goldens
 # sanitize   memcheck and racecheck over small shapes, where compute-sanitizer is installed
@@ -9,6 +9,7 @@
 # kernels    each kernel of a step by itself, beside its floor
 # startup    makes 17 GB of files with torch, and times the engine from its start to the first token
 # serve      makes 2.5 GB of files with torch, serves them over HTTP, and drives the server in closed and open loops
+# peers      makes 20 GB of files with torch, and has LMDeploy take the workloads of `bench` on this card, where it is installed
 set -uo pipefail
 cd "$(dirname "$0")"
 mkdir -p out
@@ -77,6 +78,13 @@ fi
 if [[ " $parts " == *" serve "* ]]; then
     say 'a 1B model over HTTP'
     timeout 300 python3 serve.py bin/plimsoll-engine data llama-3.2-1b "${TMPDIR:-/tmp}" out || { failed=1; echo FAILED; }
+fi
+
+if [[ " $parts " == *" peers "* ]]; then
+    for model in llama-3.2-1b llama-3.1-8b; do
+        say "LMDeploy, $model"
+        timeout 240 python3 peer_lmdeploy.py data "$model" "${TMPDIR:-/tmp}" "out/lmdeploy_$model.json" 2>"out/lmdeploy_$model.log" || { failed=1; echo FAILED; }
+    done
 fi
 
 [ "$failed" = 0 ] && echo 'all passed' || echo 'something FAILED'
