@@ -174,6 +174,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,
             hub_endpoint: options.hub_endpoint,
+            home,
             clients: options.clients.into(),
             monitor_labels: options.monitor_labels.into_iter().collect(),
         },

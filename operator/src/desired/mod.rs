@@ -92,6 +92,8 @@ pub struct Settings {
     pub allow_host_path: bool,
     /// Another model hub than the public one.
     pub hub_endpoint: Option<String>,
+    /// The operator's own namespace.
+    pub home: String,
     /// Who may reach engines whose spec does not say.
     pub clients: Clients,
     /// Labels by which a Prometheus finds monitors and rules.
@@ -139,7 +141,7 @@ pub fn children(identity: &Identity, revision: &Revision, around: Surroundings<'
             identity,
             &revision.content.pod_template,
             clients,
-            settings.hub_endpoint.as_deref(),
+            settings,
         ),
         pod_monitor: monitoring::pod_monitor(identity, &settings.monitor_labels),
         prometheus_rule: monitoring::prometheus_rule(identity, &settings.monitor_labels, promises),

@@ -19,6 +19,11 @@ pub const APPLIED: &str = "plimsoll.dev/applied";
 /// On an inspect Job: the uid of the object that made it, and the digest of what it was rendered from.
 pub const MADE_FOR: &str = "plimsoll.dev/made-for";
 
+/// On everything that the chart and we make, and what it says of the operator's pods.
+pub const APP_NAME: &str = "app.kubernetes.io/name";
+pub const OPERATOR: &str = "plimsoll-operator";
+/// On every namespace: its own name.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
 /// On a namespace: its pods may reach engines that let in their own namespace only.
 pub const CLIENTS: &str = "plimsoll.dev/clients";
 /// On a pod: Karpenter takes no node from under it.
@@ -53,7 +58,7 @@ pub fn selector(name: &str) -> Value {
 /// Labels of every child of one object.
 pub fn labels(name: &str) -> Value {
     json!({
-        "app.kubernetes.io/name": "plimsoll-engine",
+        APP_NAME: "plimsoll-engine",
         "app.kubernetes.io/instance": name,
         MANAGED_BY: MANAGER,
         NAME: name,
@@ -63,7 +68,7 @@ pub fn labels(name: &str) -> Value {
 /// Labels of what the objects of one model source share.
 pub fn model_labels(key: &str) -> Value {
     json!({
-        "app.kubernetes.io/name": "plimsoll-model",
+        APP_NAME: "plimsoll-model",
         MANAGED_BY: MANAGER,
         MODEL: key,
     })

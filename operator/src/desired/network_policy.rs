@@ -6,7 +6,7 @@ use k8s_openapi::api::networking::v1::NetworkPolicy;
 use plimsoll_crds::Clients;
 use serde_json::{Value, json};
 
-use super::{Identity, names};
+use super::{Identity, Settings, names};
 use crate::apply::Want;
 
 const PORT_DNS: u16 = 53;
@@ -17,7 +17,7 @@ pub fn network_policy(
     identity: &Identity,
     pod_template: &Value,
     clients: Clients,
-    hub_endpoint: Option<&str>,
+    settings: &Settings,
 ) -> Want<NetworkPolicy> {
     let mut ingress = json!({"ports": [{"port": names::PORT_ENGINE, "protocol": "TCP"}]});
     // Without `from`, everyone.
@@ -26,7 +26,11 @@ pub fn network_policy(
         Clients::Cluster => ingress["from"] = json!([{"namespaceSelector": {}}]),
         Clients::Namespace => {
             let invited = json!({"matchLabels": {names::CLIENTS: "true"}});
-            ingress["from"] = json!([{"podSelector": {}}, {"namespaceSelector": invited}]);
+            ingress["from"] = json!([
+                {"podSelector": {}},
+                {"namespaceSelector": invited},
+                operators(&settings.home),
+            ]);
         }
     }
     // Whoever answers for names may be a pod, or the node itself on an address that no selector meets.
@@ -34,7 +38,7 @@ pub fn network_policy(
         {"port": PORT_DNS, "protocol": "UDP"}, {"port": PORT_DNS, "protocol": "TCP"},
     ]})];
     if downloads(pod_template) {
-        let port = hub_endpoint.map_or(PORT_HTTPS, port_of);
+        let port = settings.hub_endpoint.as_deref().map_or(PORT_HTTPS, port_of);
         egress.push(json!({"ports": [{"port": port, "protocol": "TCP"}]}));
     }
     Want::new(json!({
@@ -48,6 +52,14 @@ pub fn network_policy(
             "egress": egress,
         },
     }))
+}
+
+/// The operator itself, which asks engines what they measure.
+fn operators(home: &str) -> Value {
+    json!({
+        "namespaceSelector": {"matchLabels": {names::NAMESPACE_NAME: home}},
+        "podSelector": {"matchLabels": {names::APP_NAME: names::OPERATOR}},
+    })
 }
 
 /// Whether a pod of this template brings its model itself.
@@ -66,12 +78,22 @@ fn port_of(endpoint: &str) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use super::*;
 
     fn policy(template: Value, clients: Clients, hub: Option<&str>) -> Value {
         let identity =
             Identity { namespace: "team".into(), name: "assistant".into(), uid: "u".into() };
-        network_policy(&identity, &template, clients, hub).body["spec"].clone()
+        let settings = Settings {
+            engine_image: "i".into(),
+            allow_host_path: false,
+            hub_endpoint: hub.map(str::to_owned),
+            clients: Clients::Cluster,
+            monitor_labels: BTreeMap::new(),
+            home: "plimsoll-system".into(),
+        };
+        network_policy(&identity, &template, clients, &settings).body["spec"].clone()
     }
 
     #[test]
@@ -83,7 +105,9 @@ mod tests {
             (
                 Clients::Namespace,
                 json!([{"podSelector": {}},
-                    {"namespaceSelector": {"matchLabels": {"plimsoll.dev/clients": "true"}}}]),
+                    {"namespaceSelector": {"matchLabels": {"plimsoll.dev/clients": "true"}}},
+                    {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "plimsoll-system"}},
+                        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "plimsoll-operator"}}}]),
             ),
         ] {
             let spec = policy(json!({}), clients, None);

@@ -77,6 +77,7 @@ fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
         engine_image: "of/today".to_owned(),
         allow_host_path: false,
         hub_endpoint: None,
+        home: "n".to_owned(),
         clients: Clients::Cluster,
         monitor_labels: BTreeMap::new(),
     };

@@ -121,7 +121,7 @@ async fn a_policy_stands_around_the_pods_and_follows_the_spec_without_a_new_revi
     let peers = |policy: &NetworkPolicy| {
         policy.spec.as_ref()?.ingress.as_ref()?.first()?.from.as_ref().map(Vec::len)
     };
-    assert_eq!(peers(&world.get::<NetworkPolicy>("assistant").await.unwrap()), Some(2));
+    assert_eq!(peers(&world.get::<NetworkPolicy>("assistant").await.unwrap()), Some(3));
     let anyone = json!({"spec": {"network": {"clients": "Anyone"}}});
     world.merge::<LLMDeployment>("assistant", anyone).await;
     world
