@@ -3,7 +3,7 @@
 
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Resource, ResourceExt};
-use plimsoll_crds::{ConditionType, LLMDeployment, LLMDeploymentStatus};
+use plimsoll_crds::{ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus};
 
 /// Events take at most 1 KiB of text.
 const NOTE_CHARACTERS_MAX: usize = 900;
@@ -22,7 +22,21 @@ pub fn transitions(
     if after.revision.is_some() && before.and_then(revision) != after.revision {
         let name = after.revision.clone().unwrap_or_default();
         let why = after.plan.as_ref().map(|plan| plan.why.as_str()).unwrap_or_default();
-        events.push(event(EventType::Normal, "PlanChosen", "Plan", format!("{name}: {why}")));
+        let change = after.plan.as_ref().and_then(|plan| plan.changed.as_ref());
+        let change = change.map_or_else(String::new, |change| {
+            format!("against plan {}: {}; ", change.from, values(&change.values))
+        });
+        let note = format!("{name}: {change}{why}");
+        events.push(event(EventType::Normal, "PlanChosen", "Plan", note));
+    }
+    let hash = |status: &LLMDeploymentStatus| Some(status.offered.as_ref()?.hash.clone());
+    if let Some(offered) = &after.offered
+        && before.and_then(hash).as_ref() != Some(&offered.hash)
+    {
+        let OfferStatus { hash, cause, values: changed, why } = offered;
+        let changed = values(changed);
+        let note = format!("spec.plan.pinnedHash: {hash} would run ({cause:?}): {changed}; {why}");
+        events.push(event(EventType::Normal, "PlanOffered", "Plan", note));
     }
     let (was, is) = (held(before, ConditionType::Ready), held(Some(after), ConditionType::Ready));
     if let Some(is) = is {
@@ -39,6 +53,10 @@ pub fn transitions(
         events.push(event(EventType::Warning, &is.reason, "Stall", is.message));
     }
     events
+}
+
+fn values(changed: &[String]) -> String {
+    if changed.is_empty() { "no value differs".to_owned() } else { changed.join(", ") }
 }
 
 fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use kube::ResourceExt;
-use plimsoll_crds::LLMDeployment;
+use plimsoll_crds::{LLMDeployment, PlanStatus};
 use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
 };
@@ -79,12 +79,58 @@ impl Metrics {
             .encode(&self.registry.gather(), &mut bytes)
             .expect("writing to memory does not fail");
         let mut text = String::from_utf8(bytes).expect("the encoder writes UTF-8");
-        write_conditions(objects, &mut text);
+        let objects: Vec<&LLMDeployment> = objects.collect();
+        write_conditions(&objects, &mut text);
+        write_plans(&objects, &mut text);
         text
     }
 }
 
-fn write_conditions<'a>(objects: impl Iterator<Item = &'a LLMDeployment>, text: &mut String) {
+/// What every object runs with, and its memory as planned and as measured: an alert holds one against the other.
+fn write_plans(objects: &[&LLMDeployment], text: &mut String) {
+    let running = || {
+        objects.iter().filter_map(|object| {
+            let status = object.status.as_ref().filter(|status| status.revision.is_some())?;
+            let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+            let labels = format!("namespace=\"{namespace}\",name=\"{name}\"");
+            Some((labels, status.plan.as_ref()?, status.measured.unwrap_or_default()))
+        })
+    };
+    text.push_str(
+        "# HELP plimsoll_operator_plan_info The plan that runs; always 1\n\
+         # TYPE plimsoll_operator_plan_info gauge\n",
+    );
+    let infallible = "writing to memory does not fail";
+    for (labels, plan, _) in running() {
+        let PlanStatus { hash, quantization, dtype, cache, tensor_parallel, accelerator, .. } =
+            plan;
+        writeln!(
+            text,
+            "plimsoll_operator_plan_info{{{labels},hash=\"{hash}\",quantization=\"{quantization}\",\
+             dtype=\"{dtype}\",cache_dtype=\"{}\",cache_strategy=\"{}\",tensor_parallel=\"{tensor_parallel}\",\
+             accelerator=\"{accelerator}\"}} 1",
+            cache.dtype, cache.strategy
+        )
+        .expect(infallible);
+    }
+    text.push_str(
+        "# HELP plimsoll_operator_plan_memory_bytes Memory of one engine: the plan's sum, and the most that one has held\n\
+         # TYPE plimsoll_operator_plan_memory_bytes gauge\n",
+    );
+    for (labels, plan, measured) in running() {
+        let kinds = [
+            ("predicted", Some(plan.memory_bytes.total)),
+            ("measured", measured.peak_memory_bytes),
+        ];
+        for (kind, bytes) in kinds {
+            let Some(bytes) = bytes else { continue };
+            let name = "plimsoll_operator_plan_memory_bytes";
+            writeln!(text, "{name}{{{labels},kind=\"{kind}\"}} {bytes}").expect(infallible);
+        }
+    }
+}
+
+fn write_conditions(objects: &[&LLMDeployment], text: &mut String) {
     text.push_str(
         "# HELP plimsoll_llmdeployment_condition Conditions of LLMDeployments; 1 for the status that holds\n\
          # TYPE plimsoll_llmdeployment_condition gauge\n",

@@ -83,6 +83,12 @@ pub const DEVICE_INFO: &str = "plimsoll_device_info";
 /// By `kind`: total, or free when the engine became ready.
 pub const DEVICE_MEMORY_BYTES: &str = "plimsoll_device_memory_bytes";
 
+/// By `kind`: the most that the process held of the host's memory, and on a GPU of the card's. What a plan is held against.
+pub const PEAK_MEMORY_BYTES: &str = "plimsoll_peak_memory_bytes";
+/// Values of the label `kind` of [`PEAK_MEMORY_BYTES`].
+pub const KIND_PROCESS: &str = "process";
+pub const KIND_DEVICE: &str = "device";
+
 // Bucket bounds are those of the aliases' first owner, so that quantiles compare.
 
 /// Bounds of time to first token, in seconds.
