@@ -184,6 +184,10 @@ pub struct OfferStatus {
     #[schemars(length(max = 64))]
     pub hash: String,
 
+    /// Name of the ControllerRevision that holds it whole.
+    #[schemars(length(max = 253))]
+    pub revision: String,
+
     /// What led to it.
     pub cause: PlanCause,
 

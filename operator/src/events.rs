@@ -1,6 +1,9 @@
 //! In: the status before and after a pass. Out: the events that tell of the transitions between them, and their way to
 //! the API server. A pass that changes nothing says nothing. An event that cannot be sent is logged and lost.
 
+use k8s_openapi::Resource as _;
+use k8s_openapi::api::apps::v1::ControllerRevision;
+use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Resource, ResourceExt};
 use plimsoll_crds::{ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus};
@@ -27,16 +30,17 @@ pub fn transitions(
             format!("against plan {}: {}; ", change.from, values(&change.values))
         });
         let note = format!("{name}: {change}{why}");
-        events.push(event(EventType::Normal, "PlanChosen", "Plan", note));
+        events.push(of_revision(event(EventType::Normal, "PlanChosen", "Plan", note), &name));
     }
     let hash = |status: &LLMDeploymentStatus| Some(status.offered.as_ref()?.hash.clone());
     if let Some(offered) = &after.offered
         && before.and_then(hash).as_ref() != Some(&offered.hash)
     {
-        let OfferStatus { hash, cause, values: changed, why } = offered;
+        let OfferStatus { hash, revision, cause, values: changed, why } = offered;
         let changed = values(changed);
         let note = format!("spec.plan.pinnedHash: {hash} would run ({cause:?}): {changed}; {why}");
-        events.push(event(EventType::Normal, "PlanOffered", "Plan", note));
+        let offered = event(EventType::Normal, "PlanOffered", "Plan", note);
+        events.push(of_revision(offered, revision));
     }
     let (was, is) = (held(before, ConditionType::Ready), held(Some(after), ConditionType::Ready));
     if let Some(is) = is {
@@ -68,6 +72,17 @@ fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {
         action: action.to_owned(),
         secondary: None,
     }
+}
+
+/// Events are alike, and counted in the words of the first, when all but their notes is; those of two revisions are not.
+fn of_revision(event: Event, name: &str) -> Event {
+    let secondary = ObjectReference {
+        api_version: Some(ControllerRevision::API_VERSION.to_owned()),
+        kind: Some(ControllerRevision::KIND.to_owned()),
+        name: Some(name.to_owned()),
+        ..ObjectReference::default()
+    };
+    Event { secondary: Some(secondary), ..event }
 }
 
 pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Event]) {

@@ -70,6 +70,7 @@ pub fn offer(proposal: &Revision) -> OfferStatus {
     let plan = &proposal.content.plan;
     OfferStatus {
         hash: plan.hash.clone(),
+        revision: proposal.name.clone(),
         cause: proposal.content.cause,
         values: plan.changed.as_ref().map(|change| change.values.clone()).unwrap_or_default(),
         why: plan.why.clone(),

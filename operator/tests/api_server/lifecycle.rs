@@ -2,6 +2,7 @@
 //! and held against what engines measure.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -61,10 +62,20 @@ impl World {
         self.merge_status::<Pod>(pod, status).await;
     }
 
-    async fn events(&self, reason: &str) -> Vec<String> {
-        let events = self.list::<Event>("").await;
-        let told = events.into_iter().filter(|event| event.reason.as_deref() == Some(reason));
-        told.filter_map(|event| event.note).collect()
+    /// Waits for an event with all of `parts` in its note: events follow the status that they tell of.
+    async fn told(&self, reason: &str, parts: &[&str]) {
+        for _ in 0..200 {
+            let events = self.list::<Event>("").await;
+            let is_it = |event: &Event| {
+                let note = event.note.as_deref().unwrap_or_default();
+                event.reason.as_deref() == Some(reason) && parts.iter().all(|p| note.contains(p))
+            };
+            if events.iter().any(is_it) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("no event {reason} told of {parts:?}");
     }
 }
 
@@ -97,8 +108,7 @@ async fn a_manual_plan_is_published_and_runs_once_its_hash_is_committed() {
     assert_eq!(offered.cause, PlanCause::SpecChanged);
     world.condition("assistant", "Available", "True", "Serving").await;
     world.runs("assistant", &first).await;
-    let told = world.events("PlanOffered").await;
-    assert!(told[0].contains("2,048 → 1,024") && told[0].contains(&offered.hash), "{told:?}");
+    world.told("PlanOffered", &["contextTokens: 2,048 → 1,024", &offered.hash]).await;
 
     world.pin("assistant", Some(&offered.hash)).await;
     let status = world.runs("assistant", &offered.hash).await;
@@ -106,8 +116,7 @@ async fn a_manual_plan_is_published_and_runs_once_its_hash_is_committed() {
     assert_eq!(changed.from, first);
     assert_eq!(changed.values, offered.values);
     world.not_offered("assistant").await;
-    let told = world.events("PlanChosen").await;
-    assert!(told.iter().any(|note| note.contains(&format!("against plan {first}: "))), "{told:?}");
+    world.told("PlanChosen", &[&format!("against plan {first}: "), "2,048 → 1,024"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
