@@ -92,3 +92,60 @@ pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Even
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_crds::{PlanCause, PlanStatus};
+    use serde_json::json;
+
+    use super::*;
+
+    fn plan(hash: &str) -> PlanStatus {
+        serde_json::from_value(json!({
+            "hash": hash, "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
+            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
+            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
+            "why": "it fits",
+            "changed": {"from": "old", "cause": "SpecChanged", "values": ["cache.tokens: 128 → 64"]},
+        }))
+        .unwrap()
+    }
+
+    fn offer(hash: &str) -> OfferStatus {
+        OfferStatus {
+            hash: hash.to_owned(),
+            revision: format!("assistant-{hash}"),
+            cause: PlanCause::BetterPlan,
+            values: vec!["accelerator: cpu → nvidia-l4".to_owned()],
+            why: "GPUs come first".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_changed_plan_and_an_offer_are_told_once_with_every_value() {
+        let before = LLMDeploymentStatus::default();
+        let mut after = LLMDeploymentStatus {
+            revision: Some("assistant-1".to_owned()),
+            plan: Some(plan("new")),
+            offered: Some(offer("2")),
+            ..before.clone()
+        };
+        let told = transitions(Some(&before), &after);
+        let note = |index: usize| told[index].note.clone().unwrap();
+        assert_eq!(note(0), "assistant-1: against plan old: cache.tokens: 128 → 64; it fits");
+        assert_eq!(
+            note(1),
+            "spec.plan.pinnedHash: 2 would run (BetterPlan): accelerator: cpu → nvidia-l4; GPUs come first"
+        );
+        assert_eq!(told.len(), 2);
+        assert!(transitions(Some(&after), &after).is_empty());
+        // Another offer is another event, not one more of the first.
+        let second = after.clone();
+        after.offered = Some(offer("3"));
+        let again = transitions(Some(&second), &after);
+        assert_eq!(again.len(), 1);
+        assert_ne!(again[0].secondary, told[1].secondary);
+        after.offered = None;
+        assert!(transitions(Some(&second), &after).is_empty());
+    }
+}

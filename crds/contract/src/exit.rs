@@ -99,3 +99,19 @@ impl ExitReport {
         ExitReport { reason, message: message.into(), memory: None }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_read_where_they_are_and_not_missed_where_an_older_engine_has_none() {
+        let read = |text: &str| serde_json::from_str::<ExitReport>(text).unwrap();
+        let old = read(r#"{"reason":"DoesNotFit","message":"m"}"#);
+        assert_eq!(old, ExitReport::new(ExitReason::DoesNotFit, "m"));
+        let told = r#"{"reason":"DoesNotFit","message":"m","memory":{"neededBytes":3,"availableBytes":2}}"#;
+        let memory = MemoryReport { needed_bytes: 3, available_bytes: 2 };
+        assert_eq!(read(told), ExitReport { memory: Some(memory), ..old });
+        assert_eq!(serde_json::to_string(&read(told)).unwrap(), told);
+    }
+}

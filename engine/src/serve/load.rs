@@ -270,3 +270,37 @@ fn check_vocabulary(tokenizer: &Tokenizer, facts: &ModelFacts) -> Result<(), Exi
         ),
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_kernels::device::DeviceError;
+
+    use super::*;
+
+    fn refused(left: Option<u64>) -> LoadError {
+        let source = std::io::Error::other("the card's memory is full");
+        LoadError::OutOfDeviceMemory { purpose: "KV pages", bytes: 5 << 30, left, source }
+    }
+
+    #[test]
+    fn a_card_that_is_full_is_reported_with_what_was_held_and_wanted() {
+        let report = with_figures(&refused(Some(3 << 30)), Some(20 << 30), 20 << 30);
+        let memory = MemoryReport { needed_bytes: 22 << 30, available_bytes: 20 << 30 };
+        assert_eq!(report.memory, Some(memory), "17 GiB were held by then");
+        assert_eq!(report.reason, ExitReason::OutOfDeviceMemory);
+        assert!(report.message.ends_with("it held 17.00 GiB of the 20.00 GiB that there were"));
+        // What was said to be there does not hide what the card had.
+        let report = with_figures(&refused(Some(3 << 30)), Some(20 << 30), 19 << 30);
+        let memory = MemoryReport { needed_bytes: 22 << 30, available_bytes: 19 << 30 };
+        assert_eq!(report.memory, Some(memory));
+    }
+
+    #[test]
+    fn on_a_cpu_the_most_that_was_resident_counts() {
+        let report = with_figures(&refused(None), Some(20 << 30), 20 << 30);
+        let memory = report.memory.unwrap();
+        assert!(memory.needed_bytes > 5 << 30 && memory.needed_bytes < 8 << 30, "{memory:?}");
+        let other = with_figures(&LoadError::Device(DeviceError::NoResult), None, 1);
+        assert_eq!((other.reason, other.memory), (ExitReason::DeviceLost, None));
+    }
+}
