@@ -2,11 +2,8 @@
 //! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
 //! decision, a read beside the watches.
 
-use std::collections::HashMap;
 use std::fmt::Debug;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{BoxStream, SelectAll, StreamExt, TryStreamExt};
@@ -16,6 +13,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
 };
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::runtime::watcher::{self, watcher};
@@ -26,7 +24,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
+use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
+
+mod nodes_version;
+mod optional;
+
+use nodes_version::NodesVersion;
+pub use optional::Optional;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
@@ -41,60 +46,17 @@ pub struct Caches {
     services: Store<Service>,
     service_accounts: Store<ServiceAccount>,
     budgets: Store<PodDisruptionBudget>,
+    policies: Store<NetworkPolicy>,
     revisions: Store<ControllerRevision>,
     jobs: Store<Job>,
     claims: Store<PersistentVolumeClaim>,
     facts: Store<ConfigMap>,
     pods: Store<Pod>,
     nodes: Store<Node>,
-    nodes_version: Arc<NodesVersion>,
-}
-
-/// Counts changes of what a plan may depend on in the nodes; that their kubelets are alive is none.
-#[derive(Default)]
-struct NodesVersion {
-    version: AtomicU64,
-    digests: Mutex<HashMap<String, u64>>,
-}
-
-impl NodesVersion {
-    /// Forgets nodes that are not `there`; true where there was one.
-    fn retain(&self, there: impl Fn(&str) -> bool) -> bool {
-        let mut digests = self.digests.lock().expect("no holder panics");
-        let before = digests.len();
-        digests.retain(|name, _| there(name));
-        let changed = digests.len() != before;
-        if changed {
-            self.version.fetch_add(1, Ordering::Relaxed);
-        }
-        changed
-    }
-
-    /// Notes a node as it is, or that it is gone; true where that changed something.
-    fn note(&self, name: &str, node: Option<&Node>) -> bool {
-        let mut digests = self.digests.lock().expect("no holder panics");
-        let before = digests.get(name).copied();
-        let now = node.map(digest_of_node);
-        match now {
-            Some(digest) => digests.insert(name.to_owned(), digest),
-            None => digests.remove(name),
-        };
-        let changed = before != now;
-        if changed {
-            self.version.fetch_add(1, Ordering::Relaxed);
-        }
-        changed
-    }
-}
-
-/// Labels, taints, and what pods may ask for.
-fn digest_of_node(node: &Node) -> u64 {
-    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let planned_with = (&node.metadata.labels, &node.spec, allocatable);
-    let text = serde_json::to_string(&planned_with).expect("objects of the API are JSON");
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    hasher.finish()
+    nodes_version: NodesVersion,
+    /// Kinds of the Prometheus operator, which may be there, come or go.
+    pub pod_monitors: Optional<PodMonitor>,
+    pub prometheus_rules: Optional<PrometheusRule>,
 }
 
 /// A namespaced kind that has a cache here.
@@ -126,11 +88,24 @@ cached! {
     Service => services,
     ServiceAccount => service_accounts,
     PodDisruptionBudget => budgets,
+    NetworkPolicy => policies,
     ControllerRevision => revisions,
     Job => jobs,
     PersistentVolumeClaim => claims,
     ConfigMap => facts,
     Pod => pods,
+}
+
+impl Cached for PodMonitor {
+    fn cache(caches: &Caches) -> &Store<Self> {
+        &caches.pod_monitors.store
+    }
+}
+
+impl Cached for PrometheusRule {
+    fn cache(caches: &Caches) -> &Store<Self> {
+        &caches.prometheus_rules.store
+    }
 }
 
 /// Objects to look at, as the watches bring them.
@@ -143,13 +118,19 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let (services, services_writer) = store();
     let (service_accounts, service_accounts_writer) = store();
     let (budgets, budgets_writer) = store();
+    let (policies, policies_writer) = store();
     let (revisions, revisions_writer) = store();
     let (jobs, jobs_writer) = store();
     let (claims, claims_writer) = store();
     let (facts, facts_writer) = store();
     let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
-    let nodes_version = Arc::new(NodesVersion::default());
+    let scope = Scope { client, namespace };
+    let everyone = everyone(objects.clone());
+    let (pod_monitors, monitored) =
+        optional::follow(client, scope.api(), monitoring::POD_MONITORS, everyone.clone());
+    let (prometheus_rules, ruled) =
+        optional::follow(client, scope.api(), monitoring::PROMETHEUS_RULES, everyone);
     let (fill, filled) = watch::channel(false);
     let caches = Arc::new(Caches {
         objects,
@@ -158,13 +139,16 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         services,
         service_accounts,
         budgets,
+        policies,
         revisions,
         jobs,
         claims,
         facts,
         pods,
         nodes,
-        nodes_version: nodes_version.clone(),
+        nodes_version: NodesVersion::default(),
+        pod_monitors,
+        prometheus_rules,
     });
     let filling = caches.clone();
     tokio::spawn(async move {
@@ -174,7 +158,6 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         }
         fill.closed().await;
     });
-    let scope = Scope { client, namespace };
     let mut triggers = SelectAll::new();
     let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
     let everything = watcher::Config::default();
@@ -183,6 +166,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     triggers.push(scope.children(services_writer, trim_meta));
     triggers.push(scope.children(service_accounts_writer, trim_meta));
     triggers.push(scope.children(budgets_writer, trim_meta));
+    triggers.push(scope.children(policies_writer, trim_meta));
     triggers.push(scope.children(revisions_writer, trim_meta));
     triggers.push(scope.children(jobs_writer, trim_meta));
     triggers.push(scope.children(claims_writer, trim_meta));
@@ -191,7 +175,14 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
     triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
     triggers.push(follow_nodes(Api::all(client.clone()), nodes_writer, caches.clone()));
+    triggers.push(monitored);
+    triggers.push(ruled);
     (caches, triggers)
+}
+
+/// All of our objects, as of the moment of the call.
+fn everyone(objects: Store<LLMDeployment>) -> impl Fn() -> Vec<ObjectRef<LLMDeployment>> + Clone {
+    move || objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
 }
 
 struct Scope<'a> {
@@ -318,7 +309,9 @@ fn trim_meta<K: Resource>(object: &mut K) {
 /// Of a pod only what tells whether it runs, where, and why not.
 fn trim_pod(pod: &mut Pod) {
     trim_meta(pod);
-    pod.metadata.annotations = None;
+    if let Some(annotations) = &mut pod.metadata.annotations {
+        annotations.retain(|name, _| name == names::DO_NOT_DISRUPT);
+    }
     pod.metadata.owner_references = None;
     if let Some(spec) = pod.spec.take() {
         let mut volumes = spec.volumes.unwrap_or_default();
@@ -379,6 +372,11 @@ impl Caches {
         let _ = filled.wait_for(|filled| *filled).await;
     }
 
+    /// Every pod that carries our label.
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.state()
+    }
+
     pub fn is_ready(&self) -> bool {
         *self.filled.borrow()
     }
@@ -390,6 +388,7 @@ impl Caches {
         self.services.wait_until_ready().await?;
         self.service_accounts.wait_until_ready().await?;
         self.budgets.wait_until_ready().await?;
+        self.policies.wait_until_ready().await?;
         self.revisions.wait_until_ready().await?;
         self.jobs.wait_until_ready().await?;
         self.claims.wait_until_ready().await?;
@@ -412,7 +411,7 @@ impl Caches {
 
     /// Another number whenever the nodes changed in a way that may matter to a plan.
     pub fn nodes_version(&self) -> u64 {
-        self.nodes_version.version.load(Ordering::Relaxed)
+        self.nodes_version.get()
     }
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {

@@ -6,7 +6,9 @@ use std::fmt;
 
 use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec, PlanApply};
+use plimsoll_crds::{
+    AccessMode, Amount, CacheDtype, Clients, LLMDeployment, LLMDeploymentSpec, PlanApply,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -48,6 +50,8 @@ pub struct Spec {
     pub budget: Budget,
     pub plan: PlanPolicy,
     pub drain_seconds: u32,
+    /// Who may reach the engine, where the object says.
+    pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
     /// What engines were found to need beside the sum. Nobody writes it: it comes from a revision that ran out of memory.
@@ -166,6 +170,7 @@ impl Door {
             resources,
             plan,
             rollout,
+            network,
             suspend,
             pod_template,
         } = &object.spec;
@@ -219,6 +224,7 @@ impl Door {
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
+            clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
             unplanned: None,

@@ -88,6 +88,29 @@ pub const PEAK_MEMORY_BYTES: &str = "plimsoll_peak_memory_bytes";
 /// Values of the label `kind` of [`PEAK_MEMORY_BYTES`].
 pub const KIND_PROCESS: &str = "process";
 pub const KIND_DEVICE: &str = "device";
+/// What the operator says about itself and about the objects it keeps. Its series of objects carry their `namespace` and
+/// `name`; those of engines carry `namespace` and `llmdeployment`, which the PodMonitor adds.
+pub mod operator {
+    /// 1 in the process that holds the Lease, 0 in those that wait for it.
+    pub const LEADING: &str = "plimsoll_operator_leading";
+    /// By `result`: success or error.
+    pub const RECONCILE_SECONDS: &str = "plimsoll_operator_reconcile_duration_seconds";
+    /// By `result`: success or error.
+    pub const RECONCILES: &str = "plimsoll_operator_reconcile_total";
+    pub const RECONCILE_ERRORS: &str = "plimsoll_operator_reconcile_errors_total";
+    /// By `kind` of the object written.
+    pub const WRITES: &str = "plimsoll_operator_writes_total";
+    /// By `type`, `status` and `reason`: 1 for what holds.
+    pub const CONDITION: &str = "plimsoll_llmdeployment_condition";
+    /// By `part`: weights, kv, workspace, process; what the plan counts on, in bytes of one pod.
+    pub const PLAN_MEMORY_BYTES: &str = "plimsoll_llmdeployment_plan_memory_bytes";
+    /// The plan that runs: always 1; the labels carry the news.
+    pub const PLAN_INFO: &str = "plimsoll_operator_plan_info";
+    /// By `kind`: predicted, the plan's sum; measured, the most that one engine has held.
+    pub const PLAN_MEMORY_HELD_BYTES: &str = "plimsoll_operator_plan_memory_bytes";
+    /// By `pod`: how often its containers ended and were started anew.
+    pub const ENGINE_RESTARTS: &str = "plimsoll_llmdeployment_engine_restarts_total";
+}
 
 // Bucket bounds are those of the aliases' first owner, so that quantiles compare.
 

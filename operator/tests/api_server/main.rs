@@ -4,7 +4,9 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops where it stands")]
 
 mod figures;
+mod gitops;
 mod lifecycle;
+mod monitoring;
 mod world;
 
 use std::time::Duration;
