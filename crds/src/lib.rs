@@ -10,11 +10,13 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment, LLMDeploymentSpec, Model,
-    Resources, Rollout, SecretKey, Storage, Workload,
+    Accelerators, AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment,
+    LLMDeploymentSpec, Model, Objective, Quality, QuantizationChoice, Resources, Rollout,
+    SecretKey, Slo, Storage, StrategyChoice, Workload,
 };
 pub use status::{
-    CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
+    CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, PredictedStatus,
+    RejectedStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.

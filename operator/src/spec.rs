@@ -4,18 +4,19 @@
 
 use std::fmt;
 
-use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec};
+use plimsoll_crds::{AccessMode, Amount, LLMDeployment, LLMDeploymentSpec};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::amount;
 
+mod preferences;
 mod source;
 #[cfg(test)]
 mod tests;
 
+pub use preferences::Preferences;
 pub use source::Source;
 
 const TOKENS_MAX: i64 = 16_777_216;
@@ -40,7 +41,7 @@ pub struct Spec {
     pub api_keys: Option<SecretKey>,
     pub workload: Workload,
     pub context_tokens: Option<u32>,
-    pub cache_dtype: Option<Dtype>,
+    pub preferences: Preferences,
     pub cache_tokens: Option<u64>,
     pub prefix_reuse: bool,
     pub replicas: u32,
@@ -140,6 +141,12 @@ impl Door {
             model,
             auth,
             workload,
+            objective: _,
+            slo: _,
+            quantization: _,
+            quality: _,
+            tensor_parallel: _,
+            accelerators: _,
             context_tokens,
             cache,
             replicas,
@@ -181,11 +188,7 @@ impl Door {
                 TOKENS_MAX,
                 "spec.contextTokens",
             ),
-            cache_dtype: match cache.dtype {
-                None | Some(CacheDtype::Auto) => None,
-                Some(CacheDtype::F32) => Some(Dtype::F32),
-                Some(CacheDtype::F16) => Some(Dtype::F16),
-            },
+            preferences: self.preferences(&object.spec),
             cache_tokens: self
                 .between(cache.tokens, CONTEXT_TOKENS_MIN, CACHE_TOKENS_MAX, "spec.cache.tokens")
                 .map(u64::from),

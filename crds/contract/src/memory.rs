@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::abilities::{Ability, Backend, PAGE_TOKENS};
-use crate::facts::ModelFacts;
+use crate::facts::{ModelFacts, ParametersByRole};
 
 /// What the bodies of all requests may hold before they are tokens, beside the first 8 KiB of each: the engine refuses
 /// those beyond. Part of [`process_bytes`].
@@ -61,12 +61,43 @@ impl MemoryPlan {
     }
 }
 
-/// Weights as the backend keeps them: every parameter in the compute type; on a device padded to whole tiles. A tied
-/// head shares the embedding.
+/// Weights as the backend keeps them: the layers' matrices as they are quantized, every other parameter in the compute type;
+/// on a device padded to whole tiles. A tied head shares the embedding.
 pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
-    match ability.backend {
-        Backend::Cpu => facts.parameters.total() * ability.weights.bytes(),
-        Backend::Cuda => cuda_parameters(facts) * ability.weights.bytes(),
+    let (matrices, others) = match ability.backend {
+        Backend::Cpu => {
+            let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
+            (attention + mlp, embedding + norm + head)
+        }
+        Backend::Cuda => cuda_parameters(facts),
+    };
+    let plain = ability.weights.bytes();
+    let matrices = match ability.quantization.weight_millibits() {
+        None => matrices * plain,
+        Some(millibits) => (matrices * millibits).div_ceil(8000),
+    };
+    matrices + others * plain
+}
+
+/// Facts of what one of `ranks` devices holds when they share one copy of the weights: heads, the layers' width and the
+/// vocabulary are divided, which only a divisor of all of them can; hidden states are whole everywhere.
+pub fn shard(facts: &ModelFacts, ranks: u32) -> ModelFacts {
+    let of_rank = |whole: u32| whole.div_ceil(ranks);
+    let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
+    let share = |whole: u64| whole.div_ceil(u64::from(ranks));
+    ModelFacts {
+        intermediate: of_rank(facts.intermediate),
+        heads: of_rank(facts.heads),
+        kv_heads: of_rank(facts.kv_heads),
+        vocabulary: of_rank(facts.vocabulary),
+        parameters: ParametersByRole {
+            embedding: share(embedding),
+            attention: share(attention),
+            mlp: share(mlp),
+            norm,
+            head: share(head),
+        },
+        ..facts.clone()
     }
 }
 
@@ -78,7 +109,8 @@ pub fn cuda_head_width(head_dim: u32) -> u64 {
     u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
 }
 
-fn cuda_parameters(facts: &ModelFacts) -> u64 {
+/// Of the layers' matrices, and of everything else.
+fn cuda_parameters(facts: &ModelFacts) -> (u64, u64) {
     let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
     let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
     let head = cuda_head_width(facts.head_dim);
@@ -86,7 +118,7 @@ fn cuda_parameters(facts: &ModelFacts) -> u64 {
     let layer = hidden * (heads * head + 3 * intermediate);
     let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL) * hidden;
     let ends = if facts.tied_head { vocabulary } else { 2 * vocabulary };
-    u64::from(facts.layers) * layer + ends + facts.parameters.norm
+    (u64::from(facts.layers) * layer, ends + facts.parameters.norm)
 }
 
 /// K and V of one token over all layers.
@@ -95,7 +127,7 @@ pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
         Backend::Cpu => u64::from(facts.head_dim),
         Backend::Cuda => cuda_head_width(facts.head_dim),
     };
-    2 * u64::from(facts.layers) * u64::from(facts.kv_heads) * head * ability.kv.bytes()
+    2 * u64::from(facts.layers) * u64::from(facts.kv_heads) * ability.kv.head_bytes(head)
 }
 
 /// What a backend computes one step in.

@@ -1,5 +1,6 @@
 //! The door, as tables.
 
+use plimsoll_contract::abilities::KvDtype;
 use serde_json::json;
 
 use super::*;
@@ -50,7 +51,7 @@ fn every_field_arrives() {
         Workload { prompt_tokens: Some(1000), output_tokens: Some(200), concurrency: Some(4) }
     );
     assert_eq!(spec.context_tokens, Some(4096));
-    assert_eq!((spec.cache_dtype, spec.cache_tokens), (Some(Dtype::F16), Some(8192)));
+    assert_eq!((spec.preferences.cache_dtype, spec.cache_tokens), (Some(KvDtype::F16), Some(8192)));
     assert!(!spec.prefix_reuse && spec.suspend);
     assert_eq!(spec.replicas, 3);
     assert_eq!(spec.storage.access_mode, AccessMode::ReadWriteMany);
