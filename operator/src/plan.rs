@@ -24,6 +24,7 @@ mod neighbours;
 mod nodes;
 pub mod outcome;
 mod prices;
+mod quota;
 mod rank;
 mod room;
 #[cfg(test)]
@@ -38,6 +39,7 @@ pub use neighbours::{Asked, Neighbours, asked};
 pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
 pub use outcome::{Miss, PlanOutcome, Rejected, Unit, status};
 pub use prices::{DATE as PRICES_DATE, Prices};
+pub use quota::{Quota, quota};
 pub use room::{Update, room};
 
 /// Requests that run at once where the spec names no concurrency.
@@ -61,12 +63,6 @@ pub struct Question<'a> {
     pub overruns: &'a [Overrun],
     pub prices: &'a Prices,
     pub scope: Scope,
-}
-
-/// What a namespace may still ask for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Quota {
-    pub gpus: Option<u64>,
 }
 
 /// Bytes by which an engine on this class needed more than its plan said.

@@ -21,7 +21,7 @@ use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
-use crate::plan::{self, Neighbours, Update};
+use crate::plan::{self, Neighbours, Prices, Question, Scope, Update};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
@@ -32,7 +32,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// A child of a deleted object of the same name is soon gone.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
-/// No watch tells when other pods leave a node.
+/// No watch tells when other pods leave a node, or a quota changes.
 const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
 
 /// What every reconcile shares.
@@ -44,6 +44,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
+    /// What an hour of a GPU costs, for plans by cost.
+    pub prices: Prices,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
 }
@@ -212,14 +214,23 @@ async fn decide(
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let mut outcome = plan::plan(spec, &facts, &nodes);
+    let mut outcome = plan::choose(&Question {
+        spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: neighbours.quota,
+        overruns: &[],
+        prices: &context.prices,
+        scope: Scope::Runnable,
+    });
     let update = outcome.chosen.as_mut().map(|chosen| {
         let (update, said) = plan::room(spec, chosen, &nodes);
         chosen.why.push_str(&format!("; {said}"));
         update
     });
     let Some(chosen) = &outcome.chosen else {
-        pass.again = (!neighbours.asked.is_empty()).then_some(NEIGHBOURS_AGAIN);
+        let others = !neighbours.asked.is_empty() || neighbours.quota.gpus.is_some();
+        pass.again = others.then_some(NEIGHBOURS_AGAIN);
         pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
         pass.facts = Some(facts);
         return Ok(None);

@@ -30,6 +30,7 @@ use crate::desired::Settings;
 use crate::leader::{self, Leader};
 use crate::metrics::Metrics;
 use crate::observe::{self, Caches, Triggers};
+use crate::plan::Prices;
 use crate::reconcile::{Context, reconcile};
 
 /// The operator waits more than it computes; two threads keep it small.
@@ -60,6 +61,9 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from [default: the public hub]
     #[arg(long, value_name = "URL")]
     pub hub_endpoint: Option<String>,
+    /// What an hour of one GPU costs, as nvidia-h200=3.5 in US dollars; once for each class [default: a dated list, docs/planner.md]
+    #[arg(long = "price", value_name = "CLASS=DOLLARS")]
+    pub prices: Vec<String>,
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
     #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pub lease_namespace: Option<String>,
@@ -109,6 +113,8 @@ fn log_as(format: LogFormat) {
 }
 
 async fn operate(options: RunArgs) -> anyhow::Result<()> {
+    let prices =
+        Prices::listed(&options.prices).map_err(|error| anyhow::anyhow!("--price: {error}"))?;
     let mut config = Config::infer().await.context("no cluster to talk to")?;
     let agent = concat!("plimsoll/", env!("CARGO_PKG_VERSION"));
     config
@@ -138,6 +144,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         caches,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
+        prices,
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,

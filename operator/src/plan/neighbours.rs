@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
-use super::cards;
+use super::{Quota, cards};
 use crate::amount;
 
 /// What a pod asks of its node, or several together.
@@ -41,6 +41,8 @@ pub struct Neighbours {
     pub asked: BTreeMap<String, Asked>,
     /// Only pods of one namespace could be seen.
     pub namespaced: bool,
+    /// What the object's namespace may still ask for.
+    pub quota: Quota,
 }
 
 /// The node of a bound pod and what it asks for there: its containers together, or what starting up takes if that is

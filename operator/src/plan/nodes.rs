@@ -163,7 +163,7 @@ mod tests {
         let asked = |memory_bytes| Asked { memory_bytes, cpu_millis: 930, gpus: 0 };
         let asked =
             [("free".to_owned(), asked(5 << 20)), ("control".to_owned(), asked(9 << 20))].into();
-        let neighbours = Neighbours { asked, namespaced: false };
+        let neighbours = Neighbours { asked, ..Neighbours::default() };
         assert_eq!(nodes(&all, &neighbours), [free]);
         assert_eq!(nodes(&[node("control", tainted)], &neighbours).len(), 1);
         assert_eq!(nodes(&[node("cordoned", json!({"unschedulable": true}))], &neighbours), []);

@@ -56,15 +56,29 @@ impl Prices {
         };
         let mut prices = Prices::default();
         for (class, price) in given {
-            let dollars = price.as_f64().filter(|dollars| (0.0..=DOLLARS_MAX).contains(dollars));
-            let Some(dollars) = dollars else {
-                return Err(format!(
-                    "{class}: must be US dollars for an hour of one GPU, from 0 to 10,000, and is {price}"
-                ));
-            };
-            prices.0.insert(class.clone(), micro(dollars));
+            prices.set(class, price.as_f64(), &price.to_string())?;
         }
         Ok(prices)
+    }
+
+    /// The table with some classes at other prices, each as `class=dollars`.
+    pub fn listed(given: &[String]) -> Result<Prices, String> {
+        let mut prices = Prices::default();
+        for part in given {
+            let (class, price) = part.split_once('=').unwrap_or((part, ""));
+            prices.set(class, price.parse().ok(), price)?;
+        }
+        Ok(prices)
+    }
+
+    fn set(&mut self, class: &str, dollars: Option<f64>, given: &str) -> Result<(), String> {
+        let Some(dollars) = dollars.filter(|dollars| (0.0..=DOLLARS_MAX).contains(dollars)) else {
+            return Err(format!(
+                "{class}: must be US dollars for an hour of one GPU, from 0 to 10,000, and is {given:?}"
+            ));
+        };
+        self.0.insert(class.to_owned(), micro(dollars));
+        Ok(())
     }
 }
 
@@ -83,6 +97,11 @@ mod tests {
         assert_eq!(prices.of("nvidia-l4"), Prices::default().of("nvidia-l4"));
         for wrong in [json!({"nvidia-h200": "cheap"}), json!({"nvidia-h200": -1}), json!([1])] {
             assert!(Prices::overridden(&wrong).is_err(), "{wrong}");
+        }
+        let listed = |price: &str| Prices::listed(&[price.to_owned()]);
+        assert_eq!(listed("nvidia-h200=3.5").unwrap().of("nvidia-h200"), Some(3_500_000));
+        for wrong in ["nvidia-h200", "nvidia-h200=NaN", "nvidia-h200=x"] {
+            assert!(listed(wrong).unwrap_err().contains("US dollars"), "{wrong}");
         }
     }
 
