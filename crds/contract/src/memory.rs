@@ -1,8 +1,11 @@
 //! Memory arithmetic shared by the planner and the engine, so that the plan in status and the refusal at load are the
 //! same sum. Pure; all sizes in bytes.
 
+mod cuda;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::cuda::head_width as cuda_head_width;
 use crate::abilities::{Ability, Backend, PAGE_TOKENS};
 use crate::facts::{ModelFacts, ParametersByRole};
 
@@ -62,21 +65,24 @@ impl MemoryPlan {
 }
 
 /// Weights as the backend keeps them: the layers' matrices as they are quantized, every other parameter in the compute type;
-/// on a device padded to whole tiles. A tied head shares the embedding.
+/// on a device in bf16, padded to whole tiles. A tied head shares the embedding.
 pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
-    let (matrices, others) = match ability.backend {
+    let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
+    match ability.backend {
         Backend::Cpu => {
-            let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
-            (attention + mlp, embedding + norm + head)
+            let others = (embedding + norm + head) * ability.weights.bytes();
+            matrices_bytes(attention + mlp, ability) + others
         }
-        Backend::Cuda => cuda_parameters(facts),
-    };
-    let plain = ability.weights.bytes();
-    let matrices = match ability.quantization.weight_millibits() {
-        None => matrices * plain,
-        Some(millibits) => (matrices * millibits).div_ceil(8000),
-    };
-    matrices + others * plain
+        Backend::Cuda => cuda::weights_bytes(facts, ability),
+    }
+}
+
+/// Of parameters in matrices of layers.
+fn matrices_bytes(parameters: u64, ability: Ability) -> u64 {
+    match ability.quantization.weight_millibits() {
+        None => parameters * ability.weights.bytes(),
+        Some(millibits) => (parameters * millibits).div_ceil(8000),
+    }
 }
 
 /// Facts of what one of `ranks` devices holds when they share one copy of the weights: heads, the layers' width and the
@@ -101,26 +107,6 @@ pub fn shard(facts: &ModelFacts, ranks: u32) -> ModelFacts {
     }
 }
 
-/// Columns and rows of stored matrices come in panels of this many.
-const PANEL: u64 = 64;
-
-/// The width at which the CUDA kernels keep a head: 64 or 128 (wider ones they refuse).
-pub fn cuda_head_width(head_dim: u32) -> u64 {
-    u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
-}
-
-/// Of the layers' matrices, and of everything else.
-fn cuda_parameters(facts: &ModelFacts) -> (u64, u64) {
-    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
-    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
-    let head = cuda_head_width(facts.head_dim);
-    let heads = u64::from(2 * facts.heads + 2 * facts.kv_heads);
-    let layer = hidden * (heads * head + 3 * intermediate);
-    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL) * hidden;
-    let ends = if facts.tied_head { vocabulary } else { 2 * vocabulary };
-    (u64::from(facts.layers) * layer, ends + facts.parameters.norm)
-}
-
 /// K and V of one token over all layers.
 pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
     let head = match ability.backend {
@@ -134,7 +120,7 @@ pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
 pub fn workspace_bytes(facts: &ModelFacts, ability: Ability, limits: StepLimits) -> u64 {
     match ability.backend {
         Backend::Cpu => cpu_workspace_bytes(facts, limits),
-        Backend::Cuda => cuda_workspace_bytes(facts, limits),
+        Backend::Cuda => cuda::workspace_bytes(facts, limits),
     }
 }
 
@@ -147,28 +133,6 @@ fn cpu_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
         + 3 * u64::from(facts.intermediate);
     let logits = 2 * u64::from(limits.running_max) * u64::from(facts.vocabulary);
     4 * (u64::from(limits.step_tokens_max) * row + logits)
-}
-
-/// Rows of activations come in as many as the widest tile has.
-const CUDA_ROWS: u64 = 256;
-
-/// bf16 activations of every kind once (residual, normed, q/k/v, attended, gated) and sums of squares; f32 logits (raw and
-/// processed), the hidden states they come from and counts of seen tokens for `running_max` rows; cosines and sines of every position.
-fn cuda_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
-    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
-    let head = cuda_head_width(facts.head_dim);
-    let (heads, kv_heads) = (u64::from(facts.heads), u64::from(facts.kv_heads));
-    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
-    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL);
-    let running = u64::from(limits.running_max).next_multiple_of(CUDA_ROWS);
-    let rows =
-        u64::from(limits.step_tokens_max.max(limits.running_max)).next_multiple_of(CUDA_ROWS);
-    let row =
-        2 * (2 * hidden + (2 * heads + 2 * kv_heads) * head + intermediate) + hidden / PANEL * 4;
-    let head_row = vocabulary * 8 + vocabulary / PANEL * 8 + hidden * 2 + hidden / PANEL * 4;
-    let seen = u64::from(limits.running_max) * vocabulary * 2;
-    let rope = u64::from(facts.context_tokens) * head / 2 * 8;
-    rows * row + running * head_row + seen + rope
 }
 
 /// KV bytes for at least `tokens` tokens, in whole pages.

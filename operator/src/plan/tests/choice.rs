@@ -218,9 +218,9 @@ fn a_checkpoint_that_is_quantized_on_disk_stays_as_it_is() {
     assert!(outcome.rejected.iter().all(|other| other.candidate.starts_with("W4A16")));
     // 4.156 bits of each of 6.98 billion, and 16 of the rest.
     let weights = found(&outcome, "W4A16 · TP 1 · nvidia-h200").memory.unwrap().weights;
-    let matrices: u64 = 1_342_177_280 + 5_637_144_576;
+    let matrices: u64 = (1_342_177_280 + 5_637_144_576) / 32;
     let others = 2 * (2 * 525_336_576 + 266_240);
-    assert_eq!(weights, (matrices * 4156).div_ceil(8000) + others);
+    assert_eq!(weights, 32 * (matrices * 4156).div_ceil(8000) + others);
     let unknown = ModelFacts { quantization: Some("hqq".to_owned()), ..eight_billion() };
     let (reason, why) = everything(json!({}), &unknown, "nvidia-h200=1").refusal().unwrap();
     assert_eq!(reason, Reason::UnsupportedModel);
