@@ -14,8 +14,13 @@ pub struct Calibration {
     pub read: f64,
     /// FLOP per second of dense bf16 products, measured beside the bench.
     pub bf16: f64,
-    /// The weight stream: bytes that each row of a step costs per layer and hidden value, beside the weights themselves.
+    /// The weight stream: part of `read` at which it reads weights; a little more than the whole where the sum that measures
+    /// the card is slower.
+    pub stream_share: f64,
+    /// The same: bytes that each row of a step costs per layer and hidden value, beside the weights themselves.
     pub row_bytes: f64,
+    /// Bytes that a logit costs, where logits are wanted: written, read for the choice.
+    pub logit_bytes: f64,
     /// The same family: seconds per layer in which nothing is read.
     pub stream_gap: f64,
     /// The tile family: part of `bf16` that it reaches.
@@ -24,8 +29,8 @@ pub struct Calibration {
     pub tile_gap: f64,
     /// Decode attention: part of `read` that it reaches.
     pub attention_read_share: f64,
-    /// Prefill attention: part of `bf16` that it reaches.
-    pub attention_flop_share: f64,
+    /// Prefill attention: part of `bf16` that it reaches, with heads of up to 64 and of up to 128 values.
+    pub attention_flop_shares: [f64; 2],
 }
 
 /// The first is what cards that were not measured are taken to be like.
@@ -34,12 +39,14 @@ pub const CALIBRATIONS: &[Calibration] = &[Calibration {
     source: "docs/perf/h100",
     read: 3.0216e12,
     bf16: 7.6297e14,
-    row_bytes: 276.6,
-    stream_gap: 6.76e-6,
-    tile_share: 0.816,
-    tile_gap: 27.5e-6,
+    stream_share: 1.013,
+    row_bytes: 267.8,
+    logit_bytes: 19.1,
+    stream_gap: 6.53e-6,
+    tile_share: 0.807,
+    tile_gap: 23.8e-6,
     attention_read_share: 0.94,
-    attention_flop_share: 0.68,
+    attention_flop_shares: [0.57, 0.72],
 }];
 
 /// What a card does, and whether that was measured on it.

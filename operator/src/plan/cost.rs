@@ -88,11 +88,11 @@ pub fn predict(
     let prefill = roofline.prefill(load.prompt, step);
     let beside = roofline.attended(rows - 1.0, context, hosted);
     let steps = f64::from(load.prompt.div_ceil(step.max(1)));
-    let waiting = if load.concurrency > 1 { decode / 2.0 } else { 0.0 };
-    let ttft = waiting + prefill + steps * beside;
     // While one sequence decodes, each of the others brings its prompt once; the weights are read for both together.
     let shared = steps * roofline.weights_read();
     let tpot = decode + (rows - 1.0) / output * (prefill - shared).max(0.0);
+    let waiting = if load.concurrency > 1 { STEPS_AHEAD * tpot } else { 0.0 };
+    let ttft = waiting + prefill + steps * beside;
 
     // As many requests run as have room for their KV.
     let request = u64::from(load.prompt) + u64::from(load.output);
@@ -120,6 +120,10 @@ pub fn predict(
     })
 }
 
+/// Steps before the first of a request that comes while others run: half of the one under way, and the one behind it, for
+/// two are in flight.
+const STEPS_AHEAD: f64 = 1.5;
+
 fn microseconds(seconds: f64) -> u64 {
     (seconds * 1e6).round().max(1.0) as u64
 }
@@ -139,6 +143,7 @@ pub struct Roofline {
     ranks: f64,
     layers: f64,
     hidden: f64,
+    vocabulary: f64,
     /// Width of all query heads of one card.
     heads: f64,
     /// Parameters of one card's layers and head.
@@ -147,8 +152,9 @@ pub struct Roofline {
     /// Bytes of one card that each step reads.
     weights: f64,
     kv_token: f64,
-    /// FLOP per second of the layers' products.
+    /// FLOP per second of the layers' products, and of attention to a prompt.
     products: f64,
+    attention: f64,
 }
 
 impl Roofline {
@@ -173,12 +179,15 @@ impl Roofline {
             ranks: f64::from(ranks),
             layers,
             hidden: f64::from(shard.hidden),
+            vocabulary: f64::from(shard.vocabulary),
             heads: f64::from(shard.heads) * f64::from(shard.head_dim),
             matrices: (shard.parameters.attention + shard.parameters.mlp) as f64,
             head,
             weights: memory::weights_bytes(&shard, ability) as f64 - unread,
             kv_token,
             products: products.unwrap_or(speeds.bf16),
+            attention: speeds.bf16
+                * speeds.calibration.attention_flop_shares[usize::from(facts.head_dim > 64)],
             speeds,
         }
     }
@@ -197,24 +206,23 @@ impl Roofline {
             let (rows_f, past_f) = (f64::from(rows), f64::from(past));
             let attended = rows_f * (past_f + rows_f / 2.0);
             let flop = 4.0 * self.heads * attended * self.layers;
-            let calibration = self.speeds.calibration;
-            seconds += self.products(rows_f, 1.0)
-                + flop / (self.speeds.bf16 * calibration.attention_flop_share);
+            seconds += self.products(rows_f, 1.0) + flop / self.attention;
             past += rows;
         }
         seconds
     }
 
     pub fn weights_read(&self) -> f64 {
-        self.weights / self.speeds.read
+        self.weights / (self.speeds.read * self.speeds.calibration.stream_share)
     }
 
     /// Products of a step: the family that streams weights, or the one that works in tiles, whichever takes longer.
     fn products(&self, rows: f64, head_rows: f64) -> f64 {
         let known = self.speeds.calibration;
-        let stream = self.weights_read()
-            + rows * self.layers * self.hidden * known.row_bytes / self.speeds.read
-            + self.layers * known.stream_gap;
+        let beside = rows * self.layers * self.hidden * known.row_bytes
+            + head_rows * self.vocabulary * known.logit_bytes;
+        let stream =
+            self.weights_read() + beside / self.speeds.read + self.layers * known.stream_gap;
         let flop = 2.0 * rows * self.matrices / self.products
             + 2.0 * head_rows * self.head / self.speeds.bf16;
         let tile = flop / known.tile_share + self.layers * known.tile_gap;
