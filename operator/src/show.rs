@@ -261,6 +261,7 @@ const FREE: u8 = 90;
 fn painted(text: &str, colour: u8, paint: Paint) -> String {
     match paint {
         Paint::Plain => text.to_owned(),
+        Paint::Colour if text.is_empty() => String::new(),
         Paint::Colour => format!("\x1b[{colour}m{text}\x1b[0m"),
     }
 }
