@@ -1,7 +1,10 @@
 //! `LLMDeployment`, the one object a person applies. Its Rust types enter, the CRD's YAML leaves ([`generated`]). What
 //! the API server can check stands here as schema and CEL rules; nothing here reads a cluster or decides anything.
 
+pub mod alerts;
+pub mod dashboards;
 pub mod generated;
+mod pages;
 pub mod reasons;
 mod schema;
 mod spec;
@@ -10,8 +13,8 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    Accelerators, AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment,
-    LLMDeploymentSpec, Model, Objective, Quality, QuantizationChoice, Resources, Rollout,
+    Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
+    LLMDeploymentSpec, Model, Network, Objective, Quality, QuantizationChoice, Resources, Rollout,
     SecretKey, Slo, Storage, StrategyChoice, Workload,
 };
 pub use status::{

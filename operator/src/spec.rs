@@ -5,7 +5,7 @@
 use std::fmt;
 
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, LLMDeployment, LLMDeploymentSpec};
+use plimsoll_crds::{AccessMode, Amount, Clients, LLMDeployment, LLMDeploymentSpec};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -48,6 +48,8 @@ pub struct Spec {
     pub storage: Storage,
     pub budget: Budget,
     pub drain_seconds: u32,
+    /// Who may reach the engine, where the object says.
+    pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
 }
@@ -153,6 +155,7 @@ impl Door {
             storage,
             resources,
             rollout,
+            network,
             suspend,
             pod_template,
         } = &object.spec;
@@ -201,6 +204,7 @@ impl Door {
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
+            clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
             name,
