@@ -53,9 +53,9 @@ impl Place {
                 (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
             }
             Source::Hub { .. } if nodes <= 1 => {
-                let note = "all pods share one download on ReadWriteOnce storage, because no more than one node \
-                     takes pods; for pods on a node that comes later, set spec.storage.accessMode ReadWriteMany, \
-                     or change the spec, which decides this again";
+                let note = "all pods share one download on ReadWriteOnce storage and so one node, because no more \
+                     than one node takes pods; for pods on a node that comes later, set spec.storage.accessMode \
+                     ReadWriteMany, or change the spec, which decides this again";
                 (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
             }
             Source::Hub { .. } => {

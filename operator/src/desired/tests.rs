@@ -346,6 +346,36 @@ fn the_overlay_cannot_move_a_pod_out_of_the_selector() {
 }
 
 #[test]
+fn pods_of_a_download_that_one_node_holds_stay_together() {
+    let required = |pod: &Value| {
+        let affinity = &pod["spec"]["affinity"]["podAffinity"];
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"].clone()
+    };
+    let ours = json!({"labelSelector": {"matchLabels": {"plimsoll.dev/download": "k"}},
+        "topologyKey": "kubernetes.io/hostname"});
+    let theirs = json!({"labelSelector": {"matchLabels": {"app": "cache"}}, "topologyKey": "zone"});
+    let shared = Place::Download { key: "k".to_owned() };
+    let mut spec = everything();
+    let pod = template(&spec, &shared);
+    is_exactly::<PodTemplateSpec>(&pod);
+    assert_eq!(required(&pod), json!([ours]));
+    assert_eq!(pod["metadata"]["labels"]["plimsoll.dev/download"], "k");
+
+    let list = json!({"requiredDuringSchedulingIgnoredDuringExecution": [theirs]});
+    spec.pod_template = Some(json!({"metadata": {"labels": {"plimsoll.dev/download": "other"}},
+        "spec": {"affinity": {"podAffinity": list}}}));
+    let pod = template(&spec, &shared);
+    assert_eq!(required(&pod), json!([theirs, ours]));
+    assert_eq!(pod["metadata"]["labels"]["plimsoll.dev/download"], "k");
+
+    let many =
+        json!({"model": {"source": "hf://org/tiny"}, "storage": {"accessMode": "ReadWriteMany"}});
+    for pod in [template(&self::spec(many), &shared), template(&everything(), &Place::PerPod)] {
+        assert_eq!(pod["spec"].get("affinity"), None, "{pod}");
+    }
+}
+
+#[test]
 fn several_nodes_share_a_download_only_through_storage_that_several_may_mount() {
     let once = everything();
     let shared = Place::Download { key: "k".to_owned() };
