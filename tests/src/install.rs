@@ -4,10 +4,11 @@
 //! namespace that enforces the restricted pod security level. Never compiles anything.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cluster::{Image, Node};
+use crate::cluster::{Image, Node, wait_until};
 
 /// The operator's own namespace.
 pub const NAMESPACE: &str = "plimsoll-system";
@@ -35,15 +36,15 @@ pub fn import_engine(node: &Node) -> Result<()> {
     node.import(&image("engine", "plimsoll-engine")?)
 }
 
-/// Imports the images and installs the chart with `settings` (Helm's `key=value`); returns when the
-/// operator is Available.
+/// Imports the images and installs the chart with `settings` (Helm's `key=value`), in place of what an earlier call
+/// installed; returns when the operator is Available and alone.
 pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
     import_engine(node)?;
     node.import(&image("operator", "plimsoll")?)?;
     restricted_namespace(node, NAMESPACE)?;
     let chart = root().join("charts/plimsoll").display().to_string();
-    let mut words = vec!["install", RELEASE, &chart, "--namespace", NAMESPACE];
-    words.extend(["--wait", "--timeout", "90s"]);
+    let mut words = vec!["upgrade", "--install", RELEASE, &chart, "--namespace", NAMESPACE];
+    words.extend(["--reset-values", "--wait", "--timeout", "90s"]);
     for setting in settings {
         words.extend(["--set", setting]);
     }
@@ -52,7 +53,18 @@ pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
         let words = ["--namespace", NAMESPACE, "describe", "pods"];
         node.kubectl().run(&words).unwrap_or_default()
     })?;
-    Ok(())
+    wait_until("the former operator is gone", Duration::from_secs(60), || {
+        Ok((operator_pods(node)?.len() == 1).then_some(()))
+    })
+}
+
+/// Names of the operator's pods, those on their way out among them.
+pub fn operator_pods(node: &Node) -> Result<Vec<String>> {
+    let words =
+        ["pods", "--namespace", NAMESPACE, "--selector=app.kubernetes.io/instance=plimsoll"];
+    let pods = node.kubectl().get(&words)?;
+    let items = pods["items"].as_array().context("a list has items")?;
+    Ok(items.iter().filter_map(|pod| Some(pod["metadata"]["name"].as_str()?.to_string())).collect())
 }
 
 /// Makes a namespace that enforces the restricted pod security level.
