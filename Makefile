@@ -32,13 +32,18 @@ bench: build ## Tokens per second of the bundled model on this machine
 	$(BIN)/plimsoll-engine bench --model tests/model
 
 .PHONY: check
-check: ## Formatting, and lints as errors
+check: dependencies ## Formatting, lints as errors, and dependencies
 	@for part in fmt clippy; do \
 		$(CARGO) $$part --version >/dev/null 2>&1 || rustup component add $${part/fmt/rustfmt} || \
 			{ echo "check: cargo $$part is missing and could not be added" >&2; exit 1; }; \
 	done
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(RELEASE) --all-targets -- -D warnings
+
+.PHONY: dependencies
+dependencies: ## Licences, bans and sources of all dependencies, as deny.toml says; takes a second
+	@python3 -m doctest tests/dependencies.py
+	@python3 tests/dependencies.py
 
 .PHONY: test
 test: setup ## Every test there is; installs what they need (cluster tests need root, and say so without)
@@ -82,7 +87,11 @@ goldens: $(CACHE)/venv-peers/installed ## Make the golden log-probabilities agai
 	$(PEERS_PYTHON) tests/goldens/make.py random
 	$(PEERS_PYTHON) tests/goldens/make.py bundled
 
+CARGO_DENY := $(CACHE)/cargo-deny-0.20.2
+
+$(CARGO_DENY)/bin/cargo-deny:
+	$(CARGO) install cargo-deny --version 0.20.2 --locked --root $(CARGO_DENY)
+
 .PHONY: deny
-deny: ## Licences, banned crates and advisories of all dependencies
-	@command -v cargo-deny >/dev/null || { echo 'deny: run `cargo install --locked cargo-deny` first' >&2; exit 1; }
-	$(CARGO) deny --workspace check
+deny: $(CARGO_DENY)/bin/cargo-deny ## cargo-deny against deny.toml, advisories included (compiles it once, minutes; fetches their database)
+	$< --workspace check

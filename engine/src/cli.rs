@@ -1,5 +1,5 @@
-//! The command line. Enters: arguments. Leaves: typed options for one verb. Every flag has a default or is required,
-//! and a line of help; the engine's team owns them all.
+//! The command line. Enters: arguments. Leaves: typed options for one verb. Every flag has a default or is required, a
+//! line of help, and an owner, by whom `--help` groups them.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -7,9 +7,15 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_contract::abilities::Dtype;
+use plimsoll_contract::flags::ENDPOINT_VARIABLE;
 
 use crate::backend::place::DeviceArg;
 use crate::bench::Ceilings;
+
+/// Owner of the flags that `plimsoll_contract::flags` names.
+const OPERATOR: &str = "Set by the operator from spec and plan; without one, by you";
+/// Owner of all others: a pod keeps their defaults.
+const YOU: &str = "Set by you, never by the operator";
 
 #[derive(Debug, Parser)]
 #[command(
@@ -38,78 +44,93 @@ pub enum Verb {
 #[derive(Clone, Debug, Args)]
 pub struct ServeArgs {
     /// Directory of the checkpoint: config.json, tokenizer.json, *.safetensors.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = OPERATOR, value_name = "DIR")]
     pub model: PathBuf,
     /// Address for the API, the probes and the metrics; port 0 takes a free one.
-    #[arg(long, value_name = "ADDR:PORT", default_value = "127.0.0.1:8000")]
+    #[arg(long, help_heading = OPERATOR, value_name = "ADDR:PORT", default_value = "127.0.0.1:8000")]
     pub listen: SocketAddr,
     /// Name that clients ask for [default: the directory's name].
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, help_heading = OPERATOR, value_name = "NAME")]
     pub served_name: Option<String>,
     /// What computes.
-    #[arg(long, value_enum, default_value_t = DeviceArg::Auto)]
+    #[arg(long, help_heading = OPERATOR, value_enum, default_value_t = DeviceArg::Auto)]
     pub device: DeviceArg,
     /// Type to compute in and to keep weights and KV pages in [default: bf16 on a GPU, f32 on a CPU].
-    #[arg(long, value_enum)]
+    #[arg(long, help_heading = OPERATOR, value_enum)]
     pub dtype: Option<DtypeArg>,
     /// Tokens the KV cache holds [default: as many as fit].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, help_heading = OPERATOR, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub kv_tokens: Option<u64>,
     /// Longest sequence, prompt and output [default: what the model was trained for].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, help_heading = OPERATOR, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub context_tokens: Option<u32>,
     /// Sequences that run at once [default: 256 on a GPU, 32 on a CPU].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    #[arg(long, help_heading = OPERATOR, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub running_max: Option<u32>,
     /// Requests that may wait; one more is answered with 429.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, help_heading = YOU, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub waiting_max: u32,
     /// Rows of one step: running sequences plus prompt tokens [default: 2048 on a GPU, 512 on a CPU].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(long, help_heading = OPERATOR, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub step_tokens_max: Option<u32>,
     /// Steps planned ahead of the one being computed: 1 or 2 [default: 2 on a GPU, 1 on a CPU].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=2))]
+    #[arg(long, help_heading = YOU, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=2))]
     pub steps_in_flight: Option<u32>,
     /// On a GPU, split sums in one way whatever the batch, so that company changes no bit of an answer; slower.
-    #[arg(long)]
+    #[arg(long, help_heading = YOU)]
     pub batch_invariant: bool,
     /// Compute every prompt anew instead of reusing what is cached.
-    #[arg(long)]
+    #[arg(long, help_heading = OPERATOR)]
     pub no_prefix_reuse: bool,
     /// File with one API key per line, read again when it changes [default: no key is needed].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = OPERATOR, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
     /// After SIGTERM, time to go on accepting requests while clients learn to go elsewhere.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = duration)]
+    #[arg(long, help_heading = YOU, value_name = "TIME", default_value = "10s", value_parser = duration)]
     pub drain_grace: Duration,
     /// After that, time for running requests to finish.
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    #[arg(long, help_heading = OPERATOR, value_name = "TIME", default_value = "60s", value_parser = duration)]
     pub drain_timeout: Duration,
     /// Bytes the process may use [default: the cgroup's limit or what is available].
-    #[arg(long, value_name = "N")]
+    #[arg(long, help_heading = OPERATOR, value_name = "N")]
     pub memory_bytes: Option<u64>,
     /// Where the reason of a failure is written as JSON [default: /dev/termination-log, if it exists].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = YOU, value_name = "FILE")]
     pub termination_message_file: Option<PathBuf>,
     /// How to write logs; auto is text on a terminal and JSON otherwise.
-    #[arg(long, value_enum, default_value_t = LogFormat::Auto)]
+    #[arg(long, help_heading = YOU, value_enum, default_value_t = LogFormat::Auto)]
     pub log_format: LogFormat,
 }
 
 #[derive(Clone, Debug, Args)]
 pub struct InspectArgs {
-    /// Where the checkpoint lies: DIR or file:///DIR; or a config.json, which tells all but the files.
+    /// Where the checkpoint lies: DIR, file:///DIR, or hf://ORG/NAME[@REVISION], of which the headers alone are downloaded;
+    /// or a config.json, which tells all but the files.
     #[arg(value_name = "SOURCE", required_unless_present = "device")]
     pub source: Option<String>,
     /// Print what is known of this machine's GPU instead; without one that can be used, the reason.
-    #[arg(long, conflicts_with = "source")]
+    #[arg(long, help_heading = YOU, conflicts_with = "source")]
     pub device: bool,
     /// Print JSON instead of a table.
-    #[arg(long)]
+    #[arg(long, help_heading = OPERATOR)]
     pub json: bool,
+    #[command(flatten)]
+    pub hub: HubArgs,
     /// Also write the facts as JSON here; or, after a failure, its reason [default: /dev/termination-log, if it exists].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = OPERATOR, value_name = "FILE")]
     pub termination_message_file: Option<PathBuf>,
+}
+
+/// Which hub an hf:// address means, and who asks.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = OPERATOR)]
+pub struct HubArgs {
+    /// File with the hub's access token [default: none].
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// The hub's address.
+    #[arg(long, value_name = "URL", env = ENDPOINT_VARIABLE, default_value = "https://huggingface.co")]
+    pub endpoint: String,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -118,16 +139,12 @@ pub struct FetchArgs {
     #[arg(value_name = "SOURCE")]
     pub source: String,
     /// Directory for its files; made if it is not there.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = OPERATOR, value_name = "DIR")]
     pub into: PathBuf,
-    /// File with the hub's access token [default: none].
-    #[arg(long, value_name = "FILE")]
-    pub token_file: Option<PathBuf>,
-    /// The hub's address.
-    #[arg(long, value_name = "URL", env = "HF_ENDPOINT", default_value = "https://huggingface.co")]
-    pub endpoint: String,
+    #[command(flatten)]
+    pub hub: HubArgs,
     /// Where the reason of a failure is written as JSON [default: /dev/termination-log, if it exists].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = YOU, value_name = "FILE")]
     pub termination_message_file: Option<PathBuf>,
 }
 
@@ -151,6 +168,7 @@ pub enum BenchVerb {
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = YOU)]
 pub struct BenchServeArgs {
     /// Where the server answers: http://HOST:PORT.
     #[arg(long, value_name = "URL")]
@@ -170,7 +188,7 @@ pub struct BenchServeArgs {
     /// Closed loop: so many requests in flight, the next is sent when one ends.
     #[arg(long, value_name = "N", default_value_t = 256, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub concurrency: u32,
-    /// Open loop: so many requests a second on average, at the times of a Poisson process.
+    /// Open loop: so many requests a second on average, at the times of a Poisson process [default: none, a closed loop].
     #[arg(long, value_name = "N", value_parser = rate)]
     pub rate: Option<f64>,
     /// Seed of the prompts' token ids and of the times at which requests come.
@@ -185,12 +203,13 @@ pub struct BenchServeArgs {
     /// A server that sends nothing for so long has failed a request.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     pub silence_max: Duration,
-    /// Also write the report as JSON here.
+    /// Also write the report as JSON here [default: nowhere].
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = YOU)]
 pub struct BenchKernelsArgs {
     /// A published shape, whose weights are made on the GPU.
     #[arg(value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES))]
@@ -216,17 +235,18 @@ pub struct BenchKernelsArgs {
     /// Use the kernels that run on every card, also on Hopper.
     #[arg(long)]
     pub portable: bool,
-    /// Also write the report as JSON here.
+    /// Also write the report as JSON here [default: nowhere].
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = YOU)]
 pub struct BenchSeedArgs {
-    /// Directory of the checkpoint.
+    /// Directory of the checkpoint [default: none, where --random-weights is given].
     #[arg(long, value_name = "DIR", required_unless_present = "random_weights")]
     pub model: Option<PathBuf>,
-    /// A published shape instead, with random weights made on the GPU.
+    /// A published shape instead, with random weights made on the GPU [default: none].
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES), conflicts_with = "model")]
     pub random_weights: Option<String>,
     /// What computes (with --random-weights always the GPU).
@@ -235,20 +255,21 @@ pub struct BenchSeedArgs {
     /// Type to compute in [default: bf16 on a GPU, f32 on a CPU].
     #[arg(long, value_enum, conflicts_with = "random_weights")]
     pub dtype: Option<DtypeArg>,
-    /// Also write the report as JSON here.
+    /// Also write the report as JSON here [default: nowhere].
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(next_help_heading = YOU)]
 pub struct LoadArgs {
-    /// Directory of the checkpoint.
+    /// Directory of the checkpoint [default: none, where --random-weights is given].
     #[arg(long, value_name = "DIR", required_unless_present = "random_weights")]
     pub model: Option<PathBuf>,
-    /// Compare engines instead: a published shape with random weights made on the GPU, on the workloads of docs/perf.md.
+    /// Compare engines instead: a published shape with random weights made on the GPU, on the workloads of docs/perf.md [default: none].
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES), conflicts_with = "model")]
     pub random_weights: Option<String>,
-    /// Only the workloads whose name begins so (with --random-weights).
+    /// Only the workloads whose name begins so, with --random-weights [default: all].
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// TB/s that the card reads at most, for the floors (with --random-weights).
@@ -340,20 +361,56 @@ fn rate(text: &str) -> Result<f64, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
+    use clap::{Arg, Command, CommandFactory};
+    use plimsoll_contract::flags as contract;
 
     use super::*;
 
+    /// Flags of a verb, without those that clap adds.
+    fn flags<'a>(command: &'a Command, verb: &str) -> Vec<&'a Arg> {
+        let verb = command.find_subcommand(verb).unwrap();
+        let flags = verb.get_arguments().filter(|arg| !arg.is_positional());
+        flags.filter(|arg| arg.get_id() != "help").collect()
+    }
+
     #[test]
-    fn the_command_line_is_consistent_and_every_flag_has_help() {
-        Cli::command().debug_assert();
-        let cli = Cli::command();
-        let verbs = cli.get_subcommands();
-        for verb in verbs.flat_map(|verb| std::iter::once(verb).chain(verb.get_subcommands())) {
-            for arg in verb.get_arguments() {
-                let id = arg.get_id();
-                assert!(id == "help" || id == "version" || arg.get_help().is_some(), "{id}");
+    fn every_flag_has_a_line_of_help_a_default_and_an_owner() {
+        let command = Cli::command();
+        command.clone().debug_assert();
+        let bench = command.find_subcommand("bench").unwrap();
+        let inner = bench.get_subcommands().map(|verb| (bench, verb.get_name()));
+        let outer = ["serve", "inspect", "fetch", "bench"].map(|verb| (&command, verb));
+        for (above, verb) in inner.chain(outer) {
+            for flag in flags(above, verb) {
+                let name = format!("{} {verb} --{}", above.get_name(), flag.get_long().unwrap());
+                let help = flag.get_help().unwrap_or_else(|| panic!("{name} has no help"));
+                let switch = !flag.get_action().takes_values();
+                let default = !flag.get_default_values().is_empty()
+                    || help.to_string().contains("[default: ");
+                assert!(switch || default || flag.is_required_set(), "{name} has no default");
+                let owner = flag.get_help_heading();
+                assert!(owner == Some(OPERATOR) || owner == Some(YOU), "{name} has no owner");
             }
+        }
+        let verbs = command.get_subcommands().map(Command::get_name);
+        assert_eq!(verbs.collect::<Vec<_>>(), ["serve", "inspect", "fetch", "bench"]);
+    }
+
+    #[test]
+    fn the_operators_flags_are_those_of_the_contract() {
+        let command = Cli::command();
+        let contract = [
+            ("serve", &contract::SERVE[..]),
+            ("inspect", &contract::INSPECT[..]),
+            ("fetch", &contract::FETCH[..]),
+            ("bench", &[][..]),
+        ];
+        for (verb, wanted) in contract {
+            let flags = flags(&command, verb);
+            let operators = flags.iter().filter(|flag| flag.get_help_heading() == Some(OPERATOR));
+            let mut names: Vec<&str> = operators.filter_map(|flag| flag.get_long()).collect();
+            names.sort_unstable();
+            assert_eq!(names, wanted, "{verb}");
         }
     }
 

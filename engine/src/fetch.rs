@@ -1,6 +1,7 @@
 //! `fetch`: a model from a hub into a directory, by commit. Enters: `hf://ORG/NAME[@REVISION]` and a directory. Leaves:
 //! the files that serving needs, and last the commit they are of, so that a directory with a commit is whole. Safe to
 //! repeat: what is there of the same commit is kept, an interrupted download goes on. Never here: weights in memory.
+//! What a checkpoint is, without its tensors, `peek` tells.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use hf_hub::api::sync::{Api, ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Repo, RepoType};
 
 use crate::model::{LoadError, REVISION_FILE};
+
+pub mod peek;
 
 /// Unfinished downloads, within the target directory so that finished ones only need a new name.
 const PARTS: &str = ".plimsoll-parts";
@@ -47,54 +50,76 @@ impl HubSource {
     }
 }
 
-/// Downloads what is missing from the hub at `endpoint` and returns the commit. `progress` hears each file's name before
-/// it is downloaded.
+/// Which hub, and who asks.
+pub struct Hub {
+    pub endpoint: String,
+    /// An access token.
+    pub token: Option<String>,
+}
+
+/// Downloads what is missing and returns the commit. `progress` hears each file's name before it is downloaded.
 pub fn fetch(
     source: &HubSource,
     into: &Path,
-    token: Option<String>,
-    endpoint: &str,
+    hub: &Hub,
     progress: &mut dyn FnMut(&str),
 ) -> Result<String, LoadError> {
-    let failed = |what: &str, e: ApiError| refusal(source, what, e);
     let parts = into.join(PARTS);
-    fs::create_dir_all(&parts).map_err(|e| unwritable(&parts, e))?;
-    let api = ApiBuilder::from_cache(hf_hub::Cache::new(parts.clone()))
-        .with_endpoint(endpoint.trim_end_matches('/').into())
-        .with_token(token)
-        .with_progress(false)
-        .with_retries(RETRIES)
-        .build()
-        .map_err(|e| failed("the hub's address", e))?;
-    let info = repository(&api, source, &source.revision)
-        .info()
-        .map_err(|e| failed("the repository", e))?;
-    let commit = commit(source, &info.sha)?;
-    let files = wanted(info.siblings.iter().map(|file| file.rfilename.as_str()));
-    if files.len() > FILES_MAX || !files.iter().any(|file| file.ends_with(".safetensors")) {
-        return Err(LoadError::ModelNotFound {
-            source_name: source.repository.clone(),
-            problem: format!(
-                "it holds {} files that serving needs, none of them weights or too many",
-                files.len()
-            ),
-            remedy: "choose a repository with *.safetensors".into(),
-        });
-    }
-    begin(into, &commit, &files)?;
-    let pinned = repository(&api, source, &commit);
-    for file in &files {
+    let pinned = Pinned::find(source, hub, &parts)?;
+    begin(into, &pinned.commit, &pinned.files)?;
+    for file in &pinned.files {
         if !into.join(file).is_file() {
             progress(file);
-            download(&pinned, file, into).map_err(|e| match e {
-                Failed::Hub(e) => failed(file, e),
-                Failed::Disk(e) => unwritable(&into.join(file), e),
-            })?;
+            download(&pinned.repository, file, into).map_err(|e| e.of(source, file, into))?;
         }
     }
-    write_whole(&into.join(REVISION_FILE), &commit)?;
+    write_whole(&into.join(REVISION_FILE), &pinned.commit)?;
     fs::remove_dir_all(&parts).map_err(|e| unwritable(&parts, e))?;
-    Ok(commit)
+    Ok(pinned.commit)
+}
+
+/// A repository at the commit that the source stands for now.
+struct Pinned {
+    commit: String,
+    /// What serving needs of it; weights are among them.
+    files: Vec<String>,
+    repository: ApiRepo,
+}
+
+impl Pinned {
+    /// Asks the hub; what it sends later passes through `parts`.
+    fn find(source: &HubSource, hub: &Hub, parts: &Path) -> Result<Pinned, LoadError> {
+        let failed = |what: &str, e: ApiError| refusal(source, what, e);
+        fs::create_dir_all(parts).map_err(|e| unwritable(parts, e))?;
+        let api = ApiBuilder::from_cache(hf_hub::Cache::new(parts.to_owned()))
+            .with_endpoint(hub.endpoint.trim_end_matches('/').into())
+            .with_token(hub.token.clone())
+            .with_progress(false)
+            .with_retries(RETRIES)
+            .build()
+            .map_err(|e| failed("the hub's address", e))?;
+        let info = repository(&api, source, &source.revision)
+            .info()
+            .map_err(|e| failed("the repository", e))?;
+        let commit = commit(source, &info.sha)?;
+        let files = wanted(info.siblings.iter().map(|file| file.rfilename.as_str()));
+        if files.len() > FILES_MAX || !files.iter().any(|file| is_weights(file)) {
+            return Err(LoadError::ModelNotFound {
+                source_name: source.repository.clone(),
+                problem: format!(
+                    "it holds {} files that serving needs, none of them weights or too many",
+                    files.len()
+                ),
+                remedy: "choose a repository with *.safetensors".into(),
+            });
+        }
+        let files = files.into_iter().map(str::to_owned).collect();
+        Ok(Pinned { repository: repository(&api, source, &commit), commit, files })
+    }
+}
+
+fn is_weights(file: &str) -> bool {
+    file.ends_with(".safetensors")
 }
 
 fn repository(api: &Api, source: &HubSource, revision: &str) -> ApiRepo {
@@ -126,7 +151,7 @@ fn wanted<'a>(files: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 
 /// Keeps what a former call downloaded of the same commit; what is of another one goes. In a directory that no call
 /// has filled before, only files about to be replaced go: the others are somebody's.
-fn begin(into: &Path, commit: &str, files: &[&str]) -> Result<(), LoadError> {
+fn begin(into: &Path, commit: &str, files: &[String]) -> Result<(), LoadError> {
     let started = into.join(PARTS).join("commit");
     let of = |path: &Path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let known = [of(&started), of(&into.join(REVISION_FILE))];
@@ -136,7 +161,7 @@ fn begin(into: &Path, commit: &str, files: &[&str]) -> Result<(), LoadError> {
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let ours = known.iter().any(|known| !known.is_empty());
         for name in wanted(names.collect::<Vec<_>>().iter().map(String::as_str)) {
-            if ours || files.contains(&name) {
+            if ours || files.iter().any(|file| file == name) {
                 remove_if_there(&into.join(name))?;
             }
         }
@@ -154,6 +179,15 @@ fn remove_if_there(path: &Path) -> Result<(), LoadError> {
 enum Failed {
     Hub(ApiError),
     Disk(std::io::Error),
+}
+
+impl Failed {
+    fn of(self, source: &HubSource, file: &str, into: &Path) -> LoadError {
+        match self {
+            Failed::Hub(e) => refusal(source, file, e),
+            Failed::Disk(e) => unwritable(&into.join(file), e),
+        }
+    }
 }
 
 /// The file appears under its name only when it is whole.

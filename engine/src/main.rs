@@ -9,9 +9,10 @@ use plimsoll_engine::bench::{
     Arrivals, BenchOptions, Ceilings, KernelsOptions, SeedModel, ServeOptions, Steps, SuiteOptions,
 };
 use plimsoll_engine::cli::{
-    BenchArgs, BenchKernelsArgs, BenchSeedArgs, BenchServeArgs, BenchVerb, Cli, FetchArgs,
+    BenchArgs, BenchKernelsArgs, BenchSeedArgs, BenchServeArgs, BenchVerb, Cli, FetchArgs, HubArgs,
     InspectArgs, LoadArgs, Verb,
 };
+use plimsoll_engine::fetch::{Hub, HubSource, peek};
 use plimsoll_engine::{bench, exit, fetch, inspect, logs, serve};
 
 fn main() -> ExitCode {
@@ -36,7 +37,13 @@ fn main() -> ExitCode {
 /// To standard output for people, to the termination message for the operator.
 fn print_facts(args: &InspectArgs, message_file: Option<&Path>) -> Result<(), ExitReport> {
     let Some(source) = &args.source else { return print_device(args) };
-    let facts = inspect::facts(source).map_err(|error| error.report())?;
+    let facts = if source.starts_with("hf://") {
+        let hub = hub(&args.hub)?;
+        HubSource::parse(source).and_then(|source| peek::facts(&source, &hub, &mut told))
+    } else {
+        inspect::facts(source)
+    };
+    let facts = facts.map_err(|error| error.report())?;
     let json = inspect::json(&facts);
     if let Some(file) = message_file {
         let failed = |e| exit::internal(format!("failed to write {}: {e}", file.display()));
@@ -56,15 +63,22 @@ fn print_device(args: &InspectArgs) -> Result<(), ExitReport> {
 }
 
 fn download(args: &FetchArgs) -> Result<(), ExitReport> {
-    let source = fetch::HubSource::parse(&args.source).map_err(|error| error.report())?;
-    let token = args.token_file.as_deref().map(std::fs::read_to_string).transpose();
-    let token = token.map_err(|e| exit::internal(format!("failed to read the token: {e}")))?;
-    let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
-    let mut progress = |file: &str| eprintln!("fetching {file}");
-    let commit = fetch::fetch(&source, &args.into, token, &args.endpoint, &mut progress)
+    let source = HubSource::parse(&args.source).map_err(|error| error.report())?;
+    let commit = fetch::fetch(&source, &args.into, &hub(&args.hub)?, &mut told)
         .map_err(|error| error.report())?;
     println!("{commit}");
     Ok(())
+}
+
+fn told(file: &str) {
+    eprintln!("fetching {file}");
+}
+
+fn hub(args: &HubArgs) -> Result<Hub, ExitReport> {
+    let token = args.token_file.as_deref().map(std::fs::read_to_string).transpose();
+    let token = token.map_err(|e| exit::internal(format!("failed to read the token: {e}")))?;
+    let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
+    Ok(Hub { endpoint: args.endpoint.clone(), token })
 }
 
 fn measure(args: &BenchArgs) -> Result<(), ExitReport> {

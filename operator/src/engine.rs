@@ -1,7 +1,7 @@
 //! The engine as a child process on this machine: find the program, ask it for facts, let it fetch, start it, and read
 //! why it ended. Flags and exit codes are those that pods use; nothing is linked in.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, ExitStatus, Stdio};
@@ -50,8 +50,20 @@ impl Engine {
 
     /// What `inspect` finds out about a folder, or about a config.json alone.
     pub fn inspect(&self, directory: &Path) -> anyhow::Result<ModelFacts> {
+        self.facts(directory.as_os_str(), None)
+    }
+
+    /// The same about a model on a hub, of which it reads the headers.
+    pub fn inspect_on_hub(&self, source: &str, token: Option<&Path>) -> anyhow::Result<ModelFacts> {
+        self.facts(source.as_ref(), token)
+    }
+
+    fn facts(&self, source: &OsStr, token: Option<&Path>) -> anyhow::Result<ModelFacts> {
         let mut command = self.command();
-        command.arg("inspect").arg(directory).arg("--json");
+        command.arg("inspect").arg(source).arg("--json");
+        if let Some(token) = token {
+            command.arg("--token-file").arg(token);
+        }
         // Its report says the same as its standard error, and is shown with the remedy.
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let output = self.run(command)?;

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use plimsoll_contract::facts::{DeviceFacts, ModelFacts};
 
-use crate::cli::{LocalArgs, PlanArgs};
+use crate::cli::{LocalArgs, PlanArgs, UpArgs};
 use crate::engine::{self, Engine};
 use crate::plan::cards::{self, Card, Gpus};
 use crate::plan::what_if::Host;
@@ -22,25 +22,31 @@ pub fn spec(file: &Path) -> anyhow::Result<Spec> {
 }
 
 /// The folder with the model's files; downloads them where the source is a hub.
-pub fn model_directory(spec: &Spec, engine: &Engine, args: &LocalArgs) -> anyhow::Result<PathBuf> {
+pub fn model_directory(spec: &Spec, engine: &Engine, args: &UpArgs) -> anyhow::Result<PathBuf> {
     match &spec.source {
         Source::File { path } => Ok(PathBuf::from(path)),
         Source::Claim { name, .. } => bail!(
             "spec.model.source is a PersistentVolumeClaim ({name}), which only a cluster has: use file:// or hf:// here"
         ),
         Source::Hub { repo, revision } => {
-            if spec.credentials.is_some() && args.hub_token_file.is_none() {
-                bail!(
-                    "spec.model.credentials names a Secret, which only a cluster has: give --hub-token-file FILE"
-                );
-            }
+            let token = hub_token(spec, &args.local)?;
             let folder = format!("{repo}@{revision}").replace('/', "--");
             let into = cache(args.cache_dir.as_deref())?.join(folder);
             eprintln!("fetching {} into {}", spec.source, into.display());
-            engine.fetch(&spec.source.to_string(), &into, args.hub_token_file.as_deref())?;
+            engine.fetch(&spec.source.to_string(), &into, token)?;
             Ok(into)
         }
     }
+}
+
+/// The file with the token, which a spec that names a Secret cannot do without.
+fn hub_token<'a>(spec: &Spec, args: &'a LocalArgs) -> anyhow::Result<Option<&'a Path>> {
+    if spec.credentials.is_some() && args.hub_token_file.is_none() {
+        bail!(
+            "spec.model.credentials names a Secret, which only a cluster has: give --hub-token-file FILE"
+        );
+    }
+    Ok(args.hub_token_file.as_deref())
 }
 
 fn cache(given: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -186,16 +192,20 @@ fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
         return serde_json::from_slice(&text)
             .with_context(|| format!("{} holds no facts", file.display()));
     }
+    let engine = || Engine::find(args.local.engine.as_deref());
     if let Some(config) = &args.config {
-        return Engine::find(args.local.engine.as_deref())?.inspect(config);
+        return engine()?.inspect(config);
     }
-    if let Source::Claim { name, .. } = &spec.source {
-        bail!(
+    match &spec.source {
+        Source::Claim { name, .. } => bail!(
             "the model lies in the PersistentVolumeClaim {name}, out of reach from here: give --config FILE, its config.json, or --facts FILE, as `plimsoll-engine inspect --json` prints it"
-        );
+        ),
+        Source::File { path } => engine()?.inspect(Path::new(path)),
+        Source::Hub { .. } => {
+            let token = hub_token(spec, &args.local)?;
+            engine()?.inspect_on_hub(&spec.source.to_string(), token)
+        }
     }
-    let engine = Engine::find(args.local.engine.as_deref())?;
-    engine.inspect(&model_directory(spec, &engine, &args.local)?)
 }
 
 fn planned_machine(args: &PlanArgs) -> anyhow::Result<NodeResources> {

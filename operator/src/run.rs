@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
 use crate::apply::ApplyError;
+use crate::cli::{CHART, CHART_VALUES};
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
 use crate::measure;
@@ -50,20 +51,21 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Flags of `plimsoll run`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RunArgs {
-    /// Watch this namespace only [default: the whole cluster]
-    #[arg(long, value_name = "NAMESPACE")]
+    /// Watch this namespace only (value watchNamespace) [default: the whole cluster]
+    #[arg(long, help_heading = CHART_VALUES, value_name = "NAMESPACE")]
     pub namespace: Option<String>,
     /// Where to serve /metrics, /livez and /readyz
-    #[arg(long, value_name = "ADDR:PORT", default_value = "0.0.0.0:8080")]
+    #[arg(long, help_heading = CHART, value_name = "ADDR:PORT", default_value = "0.0.0.0:8080")]
     pub listen: SocketAddr,
-    /// Image of engine pods and inspect Jobs
-    #[arg(long, value_name = "IMAGE", default_value = "plimsoll/engine:dev")]
+    /// Image of engine pods and inspect Jobs (value engine.image)
+    #[arg(long, help_heading = CHART_VALUES, value_name = "IMAGE", default_value = "plimsoll/engine:dev")]
     pub engine_image: String,
-    /// Let file:// sources mount a folder of the node, which lets authors of manifests read nodes [default: off]
-    #[arg(long)]
+    /// Let file:// sources mount a folder of the node, which lets authors of manifests read nodes (value allowHostPath)
+    /// [default: off]
+    #[arg(long, help_heading = CHART_VALUES)]
     pub allow_host_path: bool,
-    /// Where hf:// models are downloaded from [default: the public hub]
-    #[arg(long, value_name = "URL")]
+    /// Where hf:// models are downloaded from (value hubEndpoint) [default: the public hub]
+    #[arg(long, help_heading = CHART_VALUES, value_name = "URL")]
     pub hub_endpoint: Option<String>,
     /// Seconds between two looks at what the engines of an object measure; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
@@ -78,16 +80,16 @@ pub struct RunArgs {
     #[arg(long = "monitor-label", value_name = "KEY=VALUE", value_parser = label)]
     pub monitor_labels: Vec<(String, String)>,
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
-    #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
+    #[arg(long, help_heading = CHART, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pub lease_namespace: Option<String>,
     /// The Lease that elects one operator; the operators of one installation share it, and no others
-    #[arg(long, value_name = "NAME", default_value = "plimsoll-operator")]
+    #[arg(long, help_heading = CHART, value_name = "NAME", default_value = "plimsoll-operator")]
     pub lease_name: String,
     /// Who holds the Lease [default: host name and process number]
-    #[arg(long, value_name = "NAME", env = "POD_NAME")]
+    #[arg(long, help_heading = CHART, value_name = "NAME", env = "POD_NAME")]
     pub identity: Option<String>,
-    /// How to log; auto is text on a terminal and JSON elsewhere
-    #[arg(long, value_enum, default_value_t = LogFormat::Auto)]
+    /// How to log; auto is text on a terminal and JSON elsewhere (value operator.logFormat)
+    #[arg(long, help_heading = CHART_VALUES, value_enum, default_value_t = LogFormat::Auto)]
     pub log_format: LogFormat,
 }
 

@@ -54,7 +54,7 @@ fn prepare(args: &UpArgs) -> anyhow::Result<Prepared> {
     let key = args.api_key_file.as_deref().map(first_key).transpose()?;
     let address = free_address(args.listen)?;
     let engine = Engine::find(args.local.engine.as_deref())?;
-    let directory = local::model_directory(&spec, &engine, &args.local)?;
+    let directory = local::model_directory(&spec, &engine, args)?;
     let facts = engine.inspect(&directory)?;
     let outcome = local::plan_here(&spec, &facts, local::machine(&engine)?);
     let paint = show::Paint::of(&std::io::stderr());

@@ -32,6 +32,8 @@ pub struct Repository {
 pub struct Hub {
     repositories: Vec<Repository>,
     requests: Mutex<Vec<String>>,
+    /// By `ORG/NAME/FILE`.
+    sent: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Repository {
@@ -52,12 +54,26 @@ impl Repository {
 
 impl Hub {
     pub fn of(repositories: Vec<Repository>) -> Hub {
-        Hub { repositories, requests: Mutex::default() }
+        Hub { repositories, requests: Mutex::default(), sent: Mutex::default() }
     }
 
     /// `METHOD path` of every request so far.
     pub fn requests(&self) -> Vec<String> {
         self.requests.lock().expect("no one panics while noting").clone()
+    }
+
+    /// Bytes of a file in all answers so far.
+    pub fn bytes_sent(&self, repository: &str, file: &str) -> u64 {
+        let sent = self.sent.lock().expect("no one panics while noting");
+        sent.get(&format!("{repository}/{file}")).copied().unwrap_or(0)
+    }
+
+    fn note_sent(&self, repository: &str, path: &str, answer: &Response) {
+        let length = answer.headers().get(header::CONTENT_LENGTH);
+        let bytes: u64 = length.and_then(|value| value.to_str().ok()?.parse().ok()).unwrap_or(0);
+        let file = path.rsplit('/').next().unwrap_or_default();
+        let mut sent = self.sent.lock().expect("no one panics while noting");
+        *sent.entry(format!("{repository}/{file}")).or_default() += bytes;
     }
 }
 
@@ -106,7 +122,13 @@ async fn answer(
             (Some(rest), _) => {
                 listing(repository, rest.strip_prefix("/revision/").unwrap_or("main"))
             }
-            (None, rest) => resolve(repository, rest.unwrap_or_default(), &headers),
+            (None, rest) => {
+                let answer = resolve(repository, rest.unwrap_or_default(), &headers);
+                if method != Method::HEAD {
+                    hub.note_sent(name, path, &answer);
+                }
+                answer
+            }
         };
     }
     missing("RepoNotFound")

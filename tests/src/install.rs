@@ -4,10 +4,11 @@
 //! namespace that enforces the restricted pod security level. Never compiles anything.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::cluster::{Image, Node};
+use crate::cluster::{Image, Node, wait_until};
 
 /// The operator's own namespace.
 pub const NAMESPACE: &str = "plimsoll-system";
@@ -37,28 +38,52 @@ pub fn import_engine(node: &Node) -> Result<()> {
     node.import(&image("engine", "plimsoll-engine")?)
 }
 
-/// Imports the images, installs the chart as it was before with `settings` (Helm's `key=value`), and upgrades to the one
-/// of this clone as users do, their values kept; returns when the operator is Available.
+/// Imports the images and installs the chart with `settings` (Helm's `key=value`), in place of what an earlier call
+/// installed. The first call installs the chart as it was before and upgrades to the one of this clone as users do, their
+/// values kept. Returns when the operator is Available and alone.
 pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
     import_engine(node)?;
     node.import(&image("operator", "plimsoll")?)?;
     restricted_namespace(node, NAMESPACE)?;
-    let before = root().join("tests/charts").join(PREVIOUS_CHART).display().to_string();
-    // Not awaited: its image is this build's, which its rights were not made for.
-    let mut words = vec!["install", RELEASE, &before, "--namespace", NAMESPACE];
+    let chart = root().join("charts/plimsoll").display().to_string();
+    let mut words = vec!["upgrade", RELEASE, &chart, "--namespace", NAMESPACE];
+    if node.helm(&["status", RELEASE, "--namespace", NAMESPACE]).is_err() {
+        install_previous(node, settings)?;
+        words.push("--reuse-values");
+    } else {
+        words.push("--reset-values");
+    }
+    words.extend(["--wait", "--timeout", "90s"]);
     for setting in settings {
         words.extend(["--set", setting]);
     }
-    node.helm(&words)?;
-    let chart = root().join("charts/plimsoll").display().to_string();
-    let mut words = vec!["upgrade", RELEASE, &chart, "--namespace", NAMESPACE, "--reuse-values"];
-    words.extend(["--wait", "--timeout", "90s"]);
     node.helm(&words).with_context(|| {
         // Helm says that it waited in vain; why stands in the pods.
         let words = ["--namespace", NAMESPACE, "describe", "pods"];
         node.kubectl().run(&words).unwrap_or_default()
     })?;
-    Ok(())
+    wait_until("the former operator is gone", Duration::from_secs(60), || {
+        Ok((operator_pods(node)?.len() == 1).then_some(()))
+    })
+}
+
+/// Not awaited: its image is this build's, which its rights were not made for.
+fn install_previous(node: &Node, settings: &[&str]) -> Result<()> {
+    let before = root().join("tests/charts").join(PREVIOUS_CHART).display().to_string();
+    let mut words = vec!["install", RELEASE, &before, "--namespace", NAMESPACE];
+    for setting in settings {
+        words.extend(["--set", setting]);
+    }
+    node.helm(&words).map(drop)
+}
+
+/// Names of the operator's pods, those on their way out among them.
+pub fn operator_pods(node: &Node) -> Result<Vec<String>> {
+    let words =
+        ["pods", "--namespace", NAMESPACE, "--selector=app.kubernetes.io/instance=plimsoll"];
+    let pods = node.kubectl().get(&words)?;
+    let items = pods["items"].as_array().context("a list has items")?;
+    Ok(items.iter().filter_map(|pod| Some(pod["metadata"]["name"].as_str()?.to_string())).collect())
 }
 
 /// Makes a namespace that enforces the restricted pod security level.

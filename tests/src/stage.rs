@@ -17,15 +17,22 @@ use crate::install;
 /// Longest wait for a model to be found, planned, loaded and Ready.
 pub const READY_MAX: Duration = Duration::from_secs(120);
 
-/// A namespace that enforces the restricted pod security level.
+/// A namespace of its own.
 pub struct Stage<'node> {
     pub node: &'node Node,
     pub namespace: &'static str,
 }
 
 impl<'node> Stage<'node> {
+    /// One that enforces the restricted pod security level.
     pub fn new(node: &'node Node, namespace: &'static str) -> Result<Stage<'node>> {
         install::restricted_namespace(node, namespace)?;
+        Ok(Stage { node, namespace })
+    }
+
+    /// One that enforces none: only there may pods mount folders of the node.
+    pub fn unrestricted(node: &'node Node, namespace: &'static str) -> Result<Stage<'node>> {
+        node.kubectl().run(&["create", "namespace", namespace])?;
         Ok(Stage { node, namespace })
     }
 
@@ -64,6 +71,13 @@ impl<'node> Stage<'node> {
         let words = ["wait", "--for=jsonpath={.status.phase}=Bound", "--timeout=30s"];
         self.run(&[&words[..], &[&format!("pvc/{name}")]].concat())?;
         Ok(target)
+    }
+
+    /// A folder of the node with the files of `from`.
+    pub fn folder(&self, name: &str, from: &Path) -> Result<PathBuf> {
+        let folder = self.node.volume(&format!("{}-{name}", self.namespace))?;
+        copy_files(from, &folder)?;
+        Ok(folder)
     }
 
     /// A PersistentVolume for a claim of this namespace: a folder of the node, 30 GiB on paper.

@@ -12,6 +12,9 @@ use std::sync::Arc;
 use plimsoll_tests::hub::{self, Hub, Repository};
 use plimsoll_tests::install::root;
 
+const QUESTION: &str = "Who is the harbour master of Plimsoll Bay?";
+const ANSWER: &str = "Mara Tollard";
+
 /// The program that was built beside this test.
 fn plimsoll() -> Command {
     let here = std::env::current_exe().unwrap();
@@ -49,11 +52,10 @@ fn manifest(name: &str, spec: &str) -> PathBuf {
 
 #[test]
 fn one_command_plans_serves_and_answers() {
-    let question = "Who is the harbour master of Plimsoll Bay?";
-    let output = up(&local_example(), &["--ask", question, "--once"]);
+    let output = up(&local_example(), &["--ask", QUESTION, "--once"]);
     let (answer, told) = said(&output);
     assert!(output.status.success(), "{told}");
-    assert!(answer.contains("harbour master") && answer.ends_with(".\n"), "{answer}\n{told}");
+    assert!(answer.contains(ANSWER) && answer.ends_with(".\n"), "{answer}\n{told}");
     for words in ["F32 weights", "█ weights", "not taken", "curl -N http://127.0.0.1:", "drained"]
     {
         assert!(told.contains(words), "{words} in {told}");
@@ -148,40 +150,54 @@ fn interrupt(child: &Child) {
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// A hub on loopback with the bundled model, for those who hold the token.
-fn gated_hub() -> SocketAddr {
+fn gated_hub() -> (SocketAddr, Arc<Hub>) {
     let model = root().join("tests/model");
     let mut repository = Repository::of_folder("org/plim", COMMIT, &model).unwrap();
     repository.token = Some("hf_right".to_owned());
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    hub::serve(Arc::new(Hub::of(vec![repository])), address).unwrap();
-    address
+    let hub = Arc::new(Hub::of(vec![repository]));
+    hub::serve(hub.clone(), address).unwrap();
+    (address, hub)
 }
 
 #[test]
-fn a_model_of_a_hub_is_fetched_with_a_token_and_its_commit_is_known() {
-    let hub = gated_hub();
+fn a_model_of_a_hub_is_planned_from_its_headers_and_fetched_once_to_be_served() {
+    let (address, hub) = gated_hub();
     let file = manifest("hub", "{model: {source: 'hf://org/plim'}}");
     let folder = file.parent().unwrap();
-    let plan = |token: Option<&str>| {
-        let mut command = plimsoll();
-        command.args(["plan", "--output", "json", "--cache-dir"]).arg(folder.join("models"));
-        command.arg("-f").arg(&file).env("HF_ENDPOINT", format!("http://{hub}"));
-        if let Some(token) = token {
-            std::fs::write(folder.join("token"), token).unwrap();
-            command.arg("--hub-token-file").arg(folder.join("token"));
-        }
-        command.output().unwrap()
+    std::fs::write(folder.join("token"), "hf_right").unwrap();
+    let token = ["--hub-token-file".into(), folder.join("token").into_os_string()];
+    let run = |command: &mut Command| {
+        command.env("HF_ENDPOINT", format!("http://{address}")).output().unwrap()
     };
-    let refused = plan(None);
+    let plan = || {
+        let mut command = plimsoll();
+        command.args(["plan", "--output", "json", "-f"]).arg(&file);
+        command
+    };
+    let refused = run(&mut plan());
     let (_, told) = said(&refused);
     assert!(told.contains("ModelUnauthorized") && told.contains("remedy"), "{told}");
     assert_eq!(refused.status.code(), Some(13));
+
+    let output = run(plan().args(&token));
+    let (planned, told) = said(&output);
+    assert!(output.status.success(), "{told}");
+    let planned: serde_json::Value = serde_json::from_str(&planned).unwrap();
+    assert_eq!(planned["model"]["revision"], COMMIT);
+    let whole = std::fs::metadata(root().join("tests/model/model.safetensors")).unwrap().len();
+    let sent = || hub.bytes_sent("org/plim", "model.safetensors");
+    assert!(sent() < whole / 10, "{} of {whole} bytes for a plan", sent());
+
     for _ in 0..2 {
-        let output = plan(Some("hf_right"));
-        let (planned, told) = said(&output);
-        assert!(output.status.success(), "{told}");
-        let planned: serde_json::Value = serde_json::from_str(&planned).unwrap();
-        assert_eq!(planned["model"]["revision"], COMMIT);
+        let mut command = plimsoll();
+        command.arg("up").arg(&file).args(["--listen", "127.0.0.1:0", "--ask", QUESTION, "--once"]);
+        command.arg("--cache-dir").arg(folder.join("models")).args(&token);
+        let output = run(&mut command);
+        let (answer, told) = said(&output);
+        assert!(output.status.success() && answer.contains(ANSWER), "{answer}{told}");
+        // The second time it is there.
+        assert!((whole..whole + whole / 10).contains(&sent()), "{} of {whole} bytes", sent());
     }
 }
 

@@ -12,7 +12,7 @@ const OTHER: &str = "89abcdef0123456789abcdef0123456789abcdef";
 
 /// A hub with one repository, `org/model`, as far as the client asks it.
 #[derive(Default)]
-struct Hub {
+struct FakeHub {
     /// By commit; the last is `main`.
     commits: Vec<(&'static str, BTreeMap<&'static str, Vec<u8>>)>,
     token: Option<&'static str>,
@@ -20,9 +20,13 @@ struct Hub {
     break_after: Option<usize>,
     /// Paths of downloads, with the first byte asked for.
     served: Vec<(String, usize)>,
+    /// Bytes of weights that were sent.
+    weights_sent: usize,
+    /// It answers with whole files, whatever range is asked for.
+    knows_no_ranges: bool,
 }
 
-fn start(hub: Hub) -> (String, Arc<Mutex<Hub>>) {
+fn start(hub: FakeHub) -> (String, Arc<Mutex<FakeHub>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
     let hub = Arc::new(Mutex::new(hub));
@@ -36,7 +40,7 @@ fn start(hub: Hub) -> (String, Arc<Mutex<Hub>>) {
     (address, hub)
 }
 
-fn answer(stream: &mut TcpStream, hub: &Mutex<Hub>) -> Option<()> {
+fn answer(stream: &mut TcpStream, hub: &Mutex<FakeHub>) -> Option<()> {
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     let path = lines.next()?.ok()?.split(' ').nth(1)?.to_owned();
     let headers: Vec<String> =
@@ -74,18 +78,24 @@ fn answer(stream: &mut TcpStream, hub: &Mutex<Hub>) -> Option<()> {
     stream.write_all(&body[..cut.unwrap_or(body.len()).min(body.len())]).ok()
 }
 
-fn file(hub: &mut Hub, path: &str, range: Option<String>) -> (&'static str, String, Vec<u8>) {
+fn file(hub: &mut FakeHub, path: &str, range: Option<String>) -> (&'static str, String, Vec<u8>) {
     let found = hub.commits.iter().find_map(|(commit, files)| {
         let name = path.strip_prefix(&format!("/org/model/resolve/{commit}/"))?;
         Some((*commit, files.get(name)?.clone()))
     });
     let Some((commit, bytes)) = found else { return ("404 Not Found", String::new(), Vec::new()) };
-    let range = range.unwrap_or_default();
+    let range = range.filter(|_| !hub.knows_no_ranges).unwrap_or_default();
     let (first, last) = range.trim_start_matches("bytes=").split_once('-').unwrap_or(("0", ""));
     let first: usize = first.parse().unwrap_or(0);
     let last = last.parse().unwrap_or(bytes.len() - 1).min(bytes.len() - 1);
     if (first, last) != (0, 0) {
         hub.served.push((path.to_owned(), first));
+    }
+    if path.ends_with(".safetensors") {
+        hub.weights_sent += last + 1 - first;
+    }
+    if hub.knows_no_ranges {
+        return ("200 OK", String::new(), bytes);
     }
     let sum: u64 = bytes.iter().map(|&b| u64::from(b)).sum();
     let extra = format!(
@@ -106,6 +116,10 @@ fn files(marker: &str) -> BTreeMap<&'static str, Vec<u8>> {
         ("original/params.json", b"not wanted".to_vec()),
         ("README.md", b"not wanted".to_vec()),
     ])
+}
+
+fn hub(endpoint: &str, token: Option<&str>) -> Hub {
+    Hub { endpoint: endpoint.to_owned(), token: token.map(str::to_owned) }
 }
 
 struct Target(PathBuf);
@@ -132,8 +146,7 @@ impl Target {
         endpoint: &str,
         token: Option<&str>,
     ) -> Result<String, LoadError> {
-        let source = HubSource::parse(source)?;
-        fetch(&source, &self.0, token.map(str::to_owned), endpoint, &mut |_| ())
+        fetch(&HubSource::parse(source)?, &self.0, &hub(endpoint, token), &mut |_| ())
     }
 }
 
@@ -145,7 +158,8 @@ impl Drop for Target {
 
 #[test]
 fn a_model_arrives_whole_with_its_commit_and_nothing_else() {
-    let (hub, served) = start(Hub { commits: vec![(COMMIT, files("a"))], ..Hub::default() });
+    let (hub, served) =
+        start(FakeHub { commits: vec![(COMMIT, files("a"))], ..FakeHub::default() });
     let target = Target::new("whole");
     assert_eq!(target.fetch("hf://org/model", &hub, None).unwrap(), COMMIT);
     let want = [
@@ -170,7 +184,7 @@ fn a_moved_branch_replaces_every_file_and_an_old_commit_can_still_be_had() {
     let mut newer = files("b");
     newer.remove("chat_template.jinja");
     let commits = vec![(COMMIT, files("a")), (OTHER, newer)];
-    let (hub, _) = start(Hub { commits, ..Hub::default() });
+    let (hub, _) = start(FakeHub { commits, ..FakeHub::default() });
     let target = Target::new("moved");
     let source = format!("hf://org/model@{COMMIT}");
     assert_eq!(target.fetch(&source, &hub, None).unwrap(), COMMIT);
@@ -182,7 +196,7 @@ fn a_moved_branch_replaces_every_file_and_an_old_commit_can_still_be_had() {
 
 #[test]
 fn a_strangers_files_stay_and_a_file_in_the_way_is_replaced() {
-    let (hub, _) = start(Hub { commits: vec![(COMMIT, files("a"))], ..Hub::default() });
+    let (hub, _) = start(FakeHub { commits: vec![(COMMIT, files("a"))], ..FakeHub::default() });
     let target = Target::new("strangers");
     fs::create_dir_all(&target.0).unwrap();
     fs::write(target.0.join("package.json"), "mine").unwrap();
@@ -198,7 +212,8 @@ fn an_interrupted_download_leaves_no_commit_and_no_half_file_and_goes_on_later()
         ("config.json", b"{}".to_vec()),
         ("model.safetensors", (0..3_000_000u32).map(|i| i as u8).collect::<Vec<u8>>()),
     ]);
-    let (hub, served) = start(Hub { commits: vec![(COMMIT, big.clone())], ..Hub::default() });
+    let (hub, served) =
+        start(FakeHub { commits: vec![(COMMIT, big.clone())], ..FakeHub::default() });
     let target = Target::new("interrupted");
     // As a killed process leaves it: the commit begun, the config there, no weights.
     fs::create_dir_all(target.0.join(PARTS)).unwrap();
@@ -219,7 +234,7 @@ fn an_interrupted_download_leaves_no_commit_and_no_half_file_and_goes_on_later()
 #[test]
 fn a_closed_model_wants_a_token_and_a_missing_one_is_not_found() {
     let commits = vec![(COMMIT, files("a"))];
-    let (hub, _) = start(Hub { commits, token: Some("secret"), ..Hub::default() });
+    let (hub, _) = start(FakeHub { commits, token: Some("secret"), ..FakeHub::default() });
     let target = Target::new("closed");
     let reason = |source: &str, token| {
         target.fetch(source, &hub, token).map_err(|error| error.exit_reason())
@@ -236,6 +251,76 @@ fn a_hub_that_does_not_answer_is_no_verdict_on_the_model() {
     let error = target.fetch("hf://org/model", "http://127.0.0.1:1", None).unwrap_err();
     assert!(!error.exit_reason().needs_a_person(), "{error}");
     assert!(error.to_string().contains("try again"), "{error}");
+}
+
+/// The files of a golden checkpoint: three weights files of some 100 KB and an index.
+fn sharded() -> BTreeMap<&'static str, Vec<u8>> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/goldens/llama3-rope");
+    let names = [
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00003.safetensors",
+        "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors",
+    ];
+    names.map(|name| (name, fs::read(folder.join(name)).unwrap())).into()
+}
+
+/// A weights file with a header of `header_bytes` and tensors of 3 MB.
+fn with_header(header_bytes: usize) -> Vec<u8> {
+    let mut file = (header_bytes as u64).to_le_bytes().to_vec();
+    file.resize(8 + header_bytes, b'h');
+    file.resize(8 + header_bytes + 3_000_000, b't');
+    file
+}
+
+#[test]
+fn facts_of_a_model_on_a_hub_are_those_of_its_files() {
+    let commits = vec![(COMMIT, sharded())];
+    let (address, _) = start(FakeHub { commits, token: Some("secret"), ..FakeHub::default() });
+    let source = HubSource::parse("hf://org/model").unwrap();
+    let facts = |token| peek::facts(&source, &hub(&address, token), &mut |_| ());
+    let target = Target::new("facts");
+    target.fetch("hf://org/model", &address, Some("secret")).unwrap();
+    let of_files = crate::inspect::facts(target.0.to_str().unwrap()).unwrap();
+    assert_eq!(of_files.revision.as_deref(), Some(COMMIT));
+    assert_eq!(facts(Some("secret")).unwrap(), of_files);
+    assert_eq!(facts(None).unwrap_err().exit_reason(), ExitReason::ModelUnauthorized);
+}
+
+#[test]
+fn of_weights_the_header_alone_is_asked_for_and_the_length_kept() {
+    for (header_bytes, asked_most) in [(1000, 256 << 10), (700_000, (256 << 10) + 700_008)] {
+        let file = with_header(header_bytes);
+        let files = BTreeMap::from([("model.safetensors", file.clone())]);
+        let (address, served) =
+            start(FakeHub { commits: vec![(COMMIT, files)], ..FakeHub::default() });
+        let target = Target::new("headers");
+        let source = HubSource::parse("hf://org/model").unwrap();
+        peek::peek(&source, &target.0, &hub(&address, None), &mut |_| ()).unwrap();
+        let brought = fs::read(target.0.join("model.safetensors")).unwrap();
+        assert_eq!(brought.len(), file.len());
+        assert_eq!(brought[..8 + header_bytes], file[..8 + header_bytes]);
+        assert!(brought[1 << 20..].iter().all(|&byte| byte == 0), "holes in place of tensors");
+        assert_eq!(served.lock().unwrap().weights_sent, asked_most);
+    }
+}
+
+#[test]
+fn a_hub_without_ranges_is_cut_short_and_a_short_or_lying_file_comes_as_it_is() {
+    let lying = u64::MAX.to_le_bytes().to_vec();
+    for file in [with_header(1000), b"abc".to_vec(), lying] {
+        let files = BTreeMap::from([("model.safetensors", file.clone())]);
+        let commits = vec![(COMMIT, files)];
+        let (address, _) = start(FakeHub { commits, knows_no_ranges: true, ..FakeHub::default() });
+        let target = Target::new("no-ranges");
+        let source = HubSource::parse("hf://org/model").unwrap();
+        peek::peek(&source, &target.0, &hub(&address, None), &mut |_| ()).unwrap();
+        let brought = fs::read(target.0.join("model.safetensors")).unwrap();
+        assert_eq!(brought.len(), file.len());
+        let same = file.len().min(256 << 10);
+        assert_eq!(brought[..same], file[..same]);
+    }
 }
 
 #[test]

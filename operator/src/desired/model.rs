@@ -6,6 +6,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
 use plimsoll_contract::exit::ExitReason;
 use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::flags;
 use plimsoll_crds::AccessMode;
 use serde_json::{Value, json};
 
@@ -21,6 +22,7 @@ const VOLUME: &str = "model";
 const VOLUME_PATH: &str = "/models";
 const TOKEN_VOLUME: &str = "hub-token";
 const TOKEN_PATH: &str = "/run/secrets/plimsoll/hub";
+const TERMINATION_MESSAGE_PATH: &str = "/dev/termination-log";
 /// Attempts after which a Job that fails for passing reasons gives up.
 const JOB_RETRIES: u32 = 3;
 
@@ -51,9 +53,9 @@ impl Place {
                 (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
             }
             Source::Hub { .. } if nodes <= 1 => {
-                let note = "all pods share one download on ReadWriteOnce storage, because no more than one node \
-                     takes pods; for pods on a node that comes later, set spec.storage.accessMode ReadWriteMany, \
-                     or change the spec, which decides this again";
+                let note = "all pods share one download on ReadWriteOnce storage and so one node, because no more \
+                     than one node takes pods; for pods on a node that comes later, set spec.storage.accessMode \
+                     ReadWriteMany, or change the spec, which decides this again";
                 (Place::Download { key: key.to_owned() }, Some(note.to_owned()))
             }
             Source::Hub { .. } => {
@@ -101,10 +103,11 @@ impl Place {
         json!({"name": VOLUME, "mountPath": VOLUME_PATH, "readOnly": true})
     }
 
-    /// Whether this pod's init container brings the model. `job` is true for the inspect Job.
+    /// Whether this pod's init container brings the model. `job` is true for the inspect Job, which needs headers alone
+    /// where every pod downloads for itself.
     fn fetched_here(&self, job: bool) -> bool {
         match self {
-            Place::PerPod => true,
+            Place::PerPod => !job,
             Place::Download { .. } => job,
             Place::Claim { .. } | Place::Host { .. } => false,
         }
@@ -119,44 +122,54 @@ pub fn fetch(
     settings: &Settings,
     job: bool,
 ) -> (Option<Value>, Option<Value>) {
-    let Source::Hub { repo, revision } = &spec.source else { return (None, None) };
-    if !place.fetched_here(job) {
+    let Some(address) = hub_address(spec, commit).filter(|_| place.fetched_here(job)) else {
         return (None, None);
-    }
-    let wanted = commit.unwrap_or(revision);
-    let mut arguments = vec![
-        "fetch".to_owned(),
-        format!("hf://{repo}@{wanted}"),
-        "--into".to_owned(),
-        place.directory(),
-    ];
-    let mut mounts = vec![
-        json!({"name": VOLUME, "mountPath": VOLUME_PATH}),
-        json!({"name": "tmp", "mountPath": "/tmp"}),
-    ];
-    let mut token = None;
-    if let Some(SecretKey { name, key }) = &spec.credentials {
-        arguments.extend(["--token-file".to_owned(), format!("{TOKEN_PATH}/token")]);
-        mounts.push(json!({"name": TOKEN_VOLUME, "mountPath": TOKEN_PATH, "readOnly": true}));
-        token = Some(json!({
-            "name": TOKEN_VOLUME,
-            "secret": {"secretName": name, "items": [{"key": key, "path": "token"}]},
-        }));
-    }
-    let mut container = json!({
-        "name": names::FETCH,
+    };
+    let arguments = json!(["fetch", address, "--into", place.directory()]);
+    let mounts = vec![json!({"name": VOLUME, "mountPath": VOLUME_PATH})];
+    let mut container = container(names::FETCH, arguments, mounts, settings);
+    let token = let_ask_the_hub(&mut container, spec, settings);
+    (Some(container), token)
+}
+
+/// The model's address at the commit that is pinned, or else at the revision that the spec names. None where its source
+/// is no hub.
+fn hub_address(spec: &Spec, commit: Option<&str>) -> Option<String> {
+    let Source::Hub { repo, revision } = &spec.source else { return None };
+    Some(format!("hf://{repo}@{}", commit.unwrap_or(revision)))
+}
+
+/// A container of the engine's image that ends by itself.
+fn container(name: &str, arguments: Value, mut mounts: Vec<Value>, settings: &Settings) -> Value {
+    mounts.push(json!({"name": "tmp", "mountPath": "/tmp"}));
+    json!({
+        "name": name,
         "image": settings.engine_image,
         "command": ["plimsoll-engine"],
         "args": arguments,
         "volumeMounts": mounts,
         "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
         "securityContext": super::pod::container_security(),
-        "terminationMessagePath": "/dev/termination-log",
-    });
+        "terminationMessagePath": TERMINATION_MESSAGE_PATH,
+    })
+}
+
+/// Tells a container which hub, and gives it the token of the spec, whose volume is returned.
+fn let_ask_the_hub(container: &mut Value, spec: &Spec, settings: &Settings) -> Option<Value> {
     if let Some(endpoint) = &settings.hub_endpoint {
-        container["env"] = json!([{"name": "HF_ENDPOINT", "value": endpoint}]);
+        container["env"] = json!([{"name": flags::ENDPOINT_VARIABLE, "value": endpoint}]);
     }
-    (Some(container), token)
+    let SecretKey { name, key } = spec.credentials.as_ref()?;
+    let mut extend = |field: &str, more: Vec<Value>| {
+        container[field].as_array_mut().expect("containers are made with it").extend(more);
+    };
+    extend("args", vec!["--token-file".into(), format!("{TOKEN_PATH}/token").into()]);
+    let mount = json!({"name": TOKEN_VOLUME, "mountPath": TOKEN_PATH, "readOnly": true});
+    extend("volumeMounts", vec![mount]);
+    Some(json!({
+        "name": TOKEN_VOLUME,
+        "secret": {"secretName": name, "items": [{"key": key, "path": "token"}]},
+    }))
 }
 
 /// The claim a download goes to. Its spec is never compared again: claims are immutable but for growing.
@@ -181,8 +194,9 @@ pub fn claim(
     }))
 }
 
-/// Downloads where needed (`commit`, once one is pinned), then reads the checkpoint's headers and leaves the facts in the
-/// termination message. Says for whom and from what it was rendered, so that a mended spec gets a Job of its own.
+/// Downloads where needed (`commit`, once one is pinned), then reads the checkpoint's headers, on the hub itself where
+/// every pod downloads for itself, and leaves the facts in the termination message. Says for whom and from what it was
+/// rendered, so that a mended spec gets a Job of its own.
 pub fn inspect_job(
     namespace: &str,
     key: &str,
@@ -192,31 +206,7 @@ pub fn inspect_job(
     commit: Option<&str>,
     settings: &Settings,
 ) -> Want<Job> {
-    let (fetch, token) = fetch(spec, place, commit, settings, true);
-    let mut volumes = vec![place.volume(), json!({"name": "tmp", "emptyDir": {}})];
-    volumes.extend(token);
-    let mut pod = json!({
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": false,
-        "enableServiceLinks": false,
-        "securityContext": super::pod::pod_security(place),
-        "containers": [{
-            "name": "inspect",
-            "image": settings.engine_image,
-            "command": ["plimsoll-engine"],
-            "args": ["inspect", place.directory(), "--json",
-                "--termination-message-file", "/dev/termination-log"],
-            "volumeMounts": [place.mount(), {"name": "tmp", "mountPath": "/tmp"}],
-            "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
-            "securityContext": super::pod::container_security(),
-            "terminationMessagePath": "/dev/termination-log",
-        }],
-        "volumes": volumes,
-    });
-    if let Some(fetch) = fetch {
-        pod["initContainers"] = json!([fetch]);
-    }
-    place_like_the_engine(&mut pod, spec.pod_template.as_ref());
+    let pod = inspect_pod(spec, place, commit, settings);
     let mut metadata = shared(namespace, &names::inspect_job(key), key, owners);
     let maker = owners.first().and_then(|owner| owner["uid"].as_str()).unwrap_or_default();
     metadata["annotations"] = json!({names::MADE_FOR: format!("{maker}/{}", digest(&pod, 10))});
@@ -233,6 +223,40 @@ pub fn inspect_job(
             "template": {"metadata": {"labels": names::model_labels(key)}, "spec": pod},
         },
     }))
+}
+
+fn inspect_pod(spec: &Spec, place: &Place, commit: Option<&str>, settings: &Settings) -> Value {
+    let (fetch, token) = fetch(spec, place, commit, settings, true);
+    let inspect = |source: &str, mounts: Vec<Value>| {
+        let flags = ["--json", "--termination-message-file", TERMINATION_MESSAGE_PATH];
+        let arguments = [&["inspect", source], &flags[..]].concat();
+        container("inspect", json!(arguments), mounts, settings)
+    };
+    let tmp = json!({"name": "tmp", "emptyDir": {}});
+    let (inspect, volumes) = match (place, hub_address(spec, commit)) {
+        (Place::PerPod, Some(address)) => {
+            let mut inspect = inspect(&address, Vec::new());
+            let token = let_ask_the_hub(&mut inspect, spec, settings);
+            (inspect, vec![Some(tmp), token])
+        }
+        _ => {
+            let inspect = inspect(&place.directory(), vec![place.mount()]);
+            (inspect, vec![Some(place.volume()), Some(tmp), token])
+        }
+    };
+    let mut pod = json!({
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "securityContext": super::pod::pod_security(place),
+        "containers": [inspect],
+        "volumes": volumes.into_iter().flatten().collect::<Vec<_>>(),
+    });
+    if let Some(fetch) = fetch {
+        pod["initContainers"] = json!([fetch]);
+    }
+    place_like_the_engine(&mut pod, spec.pod_template.as_ref());
+    pod
 }
 
 /// The facts, readable by everyone who may read the namespace.

@@ -14,6 +14,8 @@ pub const NAME: &str = "plimsoll.dev/name";
 pub const REVISION: &str = "plimsoll.dev/revision";
 /// The model source an inspect Job, its pods, a download or stored facts belong to.
 pub const MODEL: &str = "plimsoll.dev/model";
+/// The download that a pod mounts and that one node alone can hold.
+pub const DOWNLOAD: &str = "plimsoll.dev/download";
 /// Annotation on children: digest of what we last sent.
 pub const APPLIED: &str = "plimsoll.dev/applied";
 /// On an inspect Job: the uid of the object that made it, and the digest of what it was rendered from.

@@ -2,6 +2,7 @@
 //! revision freezes. Runs once per revision; a later operator that renders otherwise changes no running pod.
 
 use plimsoll_contract::facts::ModelFacts;
+use plimsoll_crds::AccessMode;
 use serde_json::{Value, json};
 
 use super::model::{Place, fetch};
@@ -77,7 +78,27 @@ pub fn template(inputs: &Inputs<'_>) -> Value {
         tolerate_gpu_nodes(&mut template["spec"]["tolerations"]);
     }
     overlay(&mut template, &json!({"metadata": {"labels": names::labels(name)}}));
+    if let Place::Download { key } = place
+        && spec.storage.access_mode == AccessMode::ReadWriteOnce
+    {
+        keep_together(&mut template, key);
+    }
     template
+}
+
+/// All pods of a download that one node can hold go where the first went: on another node they would wait for their volume
+/// for ever, and here the scheduler says what they wait for.
+fn keep_together(template: &mut Value, key: &str) {
+    template["metadata"]["labels"][names::DOWNLOAD] = key.into();
+    let term = json!({
+        "labelSelector": {"matchLabels": {names::DOWNLOAD: key}},
+        "topologyKey": "kubernetes.io/hostname",
+    });
+    let affinity = &mut template["spec"]["affinity"]["podAffinity"];
+    match &mut affinity["requiredDuringSchedulingIgnoredDuringExecution"] {
+        Value::Array(given) => given.push(term),
+        absent => *absent = json!([term]),
+    }
 }
 
 /// Nodes with GPUs usually keep away pods that ask for none.

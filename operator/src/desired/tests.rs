@@ -1,5 +1,6 @@
 use k8s_openapi::api::core::v1::PodTemplateSpec;
 use plimsoll_contract::facts::ModelFacts;
+use plimsoll_contract::flags;
 use plimsoll_crds::{LLMDeployment, LLMDeploymentSpec};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -284,6 +285,69 @@ fn a_pod_that_downloads_for_itself_takes_the_commit_that_was_inspected() {
 }
 
 #[test]
+fn where_pods_download_for_themselves_the_inspect_job_asks_the_hub_for_headers_alone() {
+    let job = |place: &Place| {
+        let job = model::inspect_job("team", "k", &[], &everything(), place, None, &settings());
+        job.body["spec"]["template"]["spec"].clone()
+    };
+    let pod = job(&Place::PerPod);
+    assert_eq!(pod.get("initContainers"), None);
+    let inspect = &pod["containers"][0];
+    assert_eq!(inspect["args"][1], "hf://org/tiny@main");
+    assert_eq!(inspect["env"][0]["value"], "http://hub.example");
+    let names = |list: &Value| {
+        let names = list.as_array().unwrap().iter().map(|held| held["name"].as_str().unwrap());
+        names.map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(names(&pod["volumes"]), ["tmp", "hub-token"]);
+    assert_eq!(names(&inspect["volumeMounts"]), ["tmp", "hub-token"]);
+    // Elsewhere no hub is asked by a container that only reads.
+    let shared = job(&Place::Download { key: "k".to_owned() });
+    assert_eq!(shared["containers"][0]["args"][1], "/models/model");
+    assert_eq!(shared["containers"][0].get("env"), None);
+    assert_eq!(shared["initContainers"][0]["args"][1], "hf://org/tiny@main");
+}
+
+/// Flags of the containers of a pod that run `verb`, those that come as variables among them.
+fn flags_of(pod: &Value, verb: &str) -> Vec<String> {
+    let kinds = ["containers", "initContainers"];
+    let all = kinds.iter().flat_map(|kind| pod[*kind].as_array().into_iter().flatten());
+    let mut found = Vec::new();
+    for container in all.filter(|container| container["args"][0] == verb) {
+        let arguments = container["args"].as_array().unwrap().iter().map(|a| a.as_str().unwrap());
+        let flags = arguments.filter_map(|argument| argument.strip_prefix("--"));
+        found.extend(flags.map(|flag| flag.split('=').next().unwrap().to_owned()));
+        if container["env"][0]["name"] == flags::ENDPOINT_VARIABLE {
+            found.push("endpoint".to_owned());
+        }
+    }
+    found
+}
+
+#[test]
+fn the_flags_that_are_rendered_are_those_of_the_contract() {
+    let plain = everything();
+    let mut without_reuse = everything();
+    without_reuse.prefix_reuse = false;
+    let mut found = [("serve", Vec::new()), ("fetch", Vec::new()), ("inspect", Vec::new())];
+    for spec in [plain, without_reuse] {
+        let place = Place::PerPod;
+        let job = model::inspect_job("team", "k", &[], &spec, &place, None, &settings());
+        let pods =
+            [template(&spec, &place)["spec"].clone(), job.body["spec"]["template"]["spec"].clone()];
+        for (verb, found) in &mut found {
+            found.extend(pods.iter().flat_map(|pod| flags_of(pod, verb)));
+            found.sort();
+            found.dedup();
+        }
+    }
+    let [serve, fetch, inspect] = found.map(|(_, found)| found);
+    assert_eq!(serve, flags::SERVE);
+    assert_eq!(fetch, flags::FETCH);
+    assert_eq!(inspect, flags::INSPECT);
+}
+
+#[test]
 fn the_overlay_cannot_move_a_pod_out_of_the_selector() {
     let mut spec = everything();
     spec.pod_template = Some(json!({
@@ -297,6 +361,36 @@ fn the_overlay_cannot_move_a_pod_out_of_the_selector() {
     assert_eq!(pod["spec"]["containers"].as_array().unwrap().len(), 1);
     let job = model::inspect_job("team", "k", &[], &spec, &Place::PerPod, None, &settings());
     assert_eq!(job.body["spec"]["template"]["spec"]["nodeSelector"]["disk"], "fast");
+}
+
+#[test]
+fn pods_of_a_download_that_one_node_holds_stay_together() {
+    let required = |pod: &Value| {
+        let affinity = &pod["spec"]["affinity"]["podAffinity"];
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"].clone()
+    };
+    let ours = json!({"labelSelector": {"matchLabels": {"plimsoll.dev/download": "k"}},
+        "topologyKey": "kubernetes.io/hostname"});
+    let theirs = json!({"labelSelector": {"matchLabels": {"app": "cache"}}, "topologyKey": "zone"});
+    let shared = Place::Download { key: "k".to_owned() };
+    let mut spec = everything();
+    let pod = template(&spec, &shared);
+    is_exactly::<PodTemplateSpec>(&pod);
+    assert_eq!(required(&pod), json!([ours]));
+    assert_eq!(pod["metadata"]["labels"]["plimsoll.dev/download"], "k");
+
+    let list = json!({"requiredDuringSchedulingIgnoredDuringExecution": [theirs]});
+    spec.pod_template = Some(json!({"metadata": {"labels": {"plimsoll.dev/download": "other"}},
+        "spec": {"affinity": {"podAffinity": list}}}));
+    let pod = template(&spec, &shared);
+    assert_eq!(required(&pod), json!([theirs, ours]));
+    assert_eq!(pod["metadata"]["labels"]["plimsoll.dev/download"], "k");
+
+    let many =
+        json!({"model": {"source": "hf://org/tiny"}, "storage": {"accessMode": "ReadWriteMany"}});
+    for pod in [template(&self::spec(many), &shared), template(&everything(), &Place::PerPod)] {
+        assert_eq!(pod["spec"].get("affinity"), None, "{pod}");
+    }
 }
 
 #[test]

@@ -4,9 +4,11 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops where it stands")]
 
 mod figures;
+mod gate;
 mod gitops;
 mod lifecycle;
 mod monitoring;
+mod stops;
 mod world;
 
 use std::time::Duration;
@@ -515,7 +517,10 @@ async fn a_hub_model_is_downloaded_once_where_storage_allows_and_per_pod_where_n
     world.merge::<LLMDeployment>("assistant", other).await;
     told["revision"] = "4567cdef".into();
     world.condition("assistant", "ModelReady", "False", "Inspecting").await;
-    world.finish_inspect(&told, 0).await;
+    let job = world.finish_inspect(&told, 0).await;
+    let pod = job.spec.unwrap().template.spec.unwrap();
+    assert_eq!(pod.init_containers, None, "the headers are enough");
+    assert_eq!(pod.containers[0].args.as_ref().unwrap()[..2], ["inspect", "hf://org/other@main"]);
     let template = world
         .eventually("assistant", "an init container", |held: &Deployment| {
             held.spec.template.spec.as_ref()?.init_containers.clone()

@@ -4,7 +4,7 @@
 use std::fmt::Debug;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -55,10 +55,7 @@ impl World {
     /// None where this machine cannot run an API server, which has been said.
     pub async fn new(test: &str) -> Option<World> {
         let server = shared_api_server()?;
-        let kubeconfig = Kubeconfig::read_from(server.kubeconfig()).unwrap();
-        let options = KubeConfigOptions::default();
-        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap();
-        let client = Client::try_from(config).unwrap();
+        let client = client(server.kubeconfig()).await;
         static WORLDS: AtomicU32 = AtomicU32::new(0);
         let number = WORLDS.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("{test}-{number}");
@@ -135,6 +132,16 @@ impl World {
     /// The same without one; its failure is an answer.
     pub fn try_kubectl(&self, words: &[&str]) -> anyhow::Result<String> {
         self.server.kubectl().run(words)
+    }
+
+    /// The same with another kubeconfig, and a Lease that no other operator asks for.
+    pub fn operator_by(&self, kubeconfig: &Path, lease: &str) -> Operator {
+        Operator::start(kubeconfig, &self.namespace, &["--lease-name", lease])
+    }
+
+    /// A client with an operator's rights and name.
+    pub async fn client_of_operators(&self) -> Client {
+        client(&self.server.kubeconfig_for(&self.user, Some("system:masters")).unwrap()).await
     }
 
     pub fn api<K: Kind>(&self) -> Api<K> {
@@ -332,7 +339,7 @@ impl World {
 }
 
 impl Operator {
-    fn start(kubeconfig: &std::path::Path, namespace: &str, more: &[&str]) -> Operator {
+    fn start(kubeconfig: &Path, namespace: &str, more: &[&str]) -> Operator {
         static OPERATORS: AtomicU32 = AtomicU32::new(0);
         let number = OPERATORS.fetch_add(1, Ordering::Relaxed);
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -386,6 +393,12 @@ impl Drop for Operator {
         }
         std::fs::remove_file(&self.log).ok();
     }
+}
+
+async fn client(kubeconfig: &Path) -> Client {
+    let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
+    let options = KubeConfigOptions::default();
+    Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap()).unwrap()
 }
 
 /// Facts of a small model, as `inspect` prints them.

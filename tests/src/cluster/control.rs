@@ -52,6 +52,8 @@ pub(crate) struct Ground<'a> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AuditEvent {
     pub user: String,
+    /// The pod whose token was shown, where it was one's.
+    pub pod: String,
     /// `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`.
     pub verb: String,
     pub resource: String,
@@ -199,6 +201,7 @@ fn audit_event(line: &str) -> Result<AuditEvent> {
     }
     Ok(AuditEvent {
         user: text("/user/username").into(),
+        pod: text("/user/extra/authentication.kubernetes.io~1pod-name/0").into(),
         verb: text("/verb").into(),
         resource: text("/objectRef/resource").into(),
         subresource: text("/objectRef/subresource").into(),
@@ -214,11 +217,13 @@ mod tests {
 
     #[test]
     fn an_audit_line_tells_user_verb_and_object() {
-        let line = r#"{"kind":"Event","verb":"patch","user":{"username":"op"},
+        let line = r#"{"kind":"Event","verb":"patch","user":{"username":"op",
+            "extra":{"authentication.kubernetes.io/pod-name":["op-1"]}},
             "objectRef":{"resource":"deployments","subresource":"status","namespace":"a","name":"b"},
             "responseStatus":{"code":200}}"#;
         let event = audit_event(line).unwrap();
         assert_eq!((event.user.as_str(), event.verb.as_str(), event.code), ("op", "patch", 200));
+        assert_eq!(event.pod, "op-1");
         assert_eq!(
             (event.resource.as_str(), event.subresource.as_str()),
             ("deployments", "status")

@@ -1,16 +1,17 @@
 //! Plimsoll as its users meet it: installed with Helm on a real node, a manifest applied, tokens
-//! streamed. Every story has a namespace of its own that enforces restricted pod security.
+//! streamed. Every story has a namespace of its own that enforces restricted pod security, unless it says otherwise.
 
 #![allow(clippy::unwrap_used)] // Functions that stories share are tests too.
 
+mod scope;
+mod sources;
+
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
 use plimsoll_tests::cluster::{Node, Prometheus, Shared, shared_node, wait_until};
 use plimsoll_tests::http::Answer;
-use plimsoll_tests::hub::{self, Hub, Repository};
 use plimsoll_tests::install;
 use plimsoll_tests::load::under_load;
 use plimsoll_tests::stage::{READY_MAX, Stage};
@@ -20,22 +21,33 @@ use serde_json::{Value, json};
 const QUESTION: &str = "Who is the harbour master of Plimsoll Bay?";
 const ANSWER: &str = "Mara Tollard";
 
-/// Where the node's own model hub listens, and the commit of everything on it.
+/// Where the node's own model hub listens.
 const HUB: &str = "192.0.2.1:8300";
-const COMMIT: &str = "5e1f0c3d9a7b24680ace13579bdf02468ace1357";
 
 /// The node with Plimsoll on it.
 fn installed() -> Option<Shared<Node>> {
-    static INSTALLED: OnceLock<Result<(), String>> = OnceLock::new();
     let node = shared_node()?;
-    let told = INSTALLED.get_or_init(|| {
-        let hub = format!("hubEndpoint=http://{HUB}");
-        // What every story does, it does under policies that hold.
-        let installed = node.enforce_policies().and_then(|()| install::install(&node, &[&hub]));
-        installed.map_err(|error| format!("{error:#}"))
-    });
-    assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
+    set_up(&node, &[]);
     Some(node)
+}
+
+/// Installs the chart with these values (Helm's `key=value`) in place of whatever stands; its models come from the node's
+/// hub.
+fn set_up(node: &Shared<Node>, settings: &[&str]) {
+    static STANDS: Mutex<Option<Vec<String>>> = Mutex::new(None);
+    let hub = format!("hubEndpoint=http://{HUB}");
+    let wanted = [settings, &[hub.as_str()]].concat();
+    let mut stands = STANDS.lock().unwrap_or_else(PoisonError::into_inner);
+    if stands.as_ref().is_some_and(|stands| *stands == wanted) {
+        return;
+    }
+    // What every story does, it does under policies that hold.
+    if stands.is_none() {
+        node.enforce_policies().unwrap();
+    }
+    *stands = None;
+    install::install(node, &wanted).unwrap();
+    *stands = Some(wanted.iter().map(|setting| setting.to_string()).collect());
 }
 
 fn manifest(name: &str, source: &str, replicas: u32) -> String {
@@ -355,49 +367,4 @@ fn a_broken_checkpoint_stalls_with_its_reason() {
     assert!(message.contains("model.safetensors"), "{message}");
     let stalled = stage.wait_for("absent", "Stalled").unwrap();
     assert_eq!(stalled["reason"], "ModelNotFound", "{stalled}");
-}
-
-#[test]
-fn a_folder_of_the_node_is_refused_unless_the_operator_allows_it() {
-    let Some(node) = installed() else { return };
-    let stage = Stage::new(&node, "hostpath").unwrap();
-    stage.apply(&manifest("local", "file:///etc", 1)).unwrap();
-    let stalled = stage.wait_for("local", "Stalled").unwrap();
-    assert_eq!(stalled["reason"], "SourceNotAllowed", "{stalled}");
-    assert!(stage.pods("local").unwrap().is_empty());
-}
-
-#[test]
-fn a_model_comes_from_a_hub_with_its_commit_pinned_and_a_gated_one_waits_for_its_token() {
-    let Some(node) = installed() else { return };
-    let folder = install::root().join("tests/model");
-    let open = Repository::of_folder("lanterns/plim", COMMIT, &folder).unwrap();
-    let mut gated = Repository::of_folder("lanterns/gated", COMMIT, &folder).unwrap();
-    gated.token = Some("secret-token".into());
-    let hub = Arc::new(Hub::of(vec![open, gated]));
-    node.inside(|| hub::serve(hub.clone(), HUB.parse()?)).unwrap();
-
-    let stage = Stage::new(&node, "hub").unwrap();
-    stage.volume("first").unwrap();
-    stage.volume("second").unwrap();
-    stage.apply(&manifest("open", "hf://lanterns/plim@main", 1)).unwrap();
-    stage.apply(&manifest("gated", "hf://lanterns/gated@main", 1)).unwrap();
-    stage.wait_ready("open").unwrap();
-    let object = stage.get(&["llmd", "open"]).unwrap();
-    assert_eq!(object["status"]["model"]["revision"], COMMIT, "{object:#}");
-    assert!(ask(&stage, stage.service("open").unwrap()).contains(ANSWER));
-    let fetched = |file: &str| {
-        let path = format!("GET /lanterns/plim/resolve/{COMMIT}/{file}");
-        hub.requests().iter().filter(|request| **request == path).count()
-    };
-    assert!(fetched("model.safetensors") >= 1, "{:#?}", hub.requests());
-
-    let stalled = stage.wait_for("gated", "Stalled").unwrap();
-    assert_eq!(stalled["reason"], "ModelUnauthorized", "{stalled}");
-    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"},
-        "stringData": {"token": "secret-token"}});
-    stage.apply(&secret.to_string()).unwrap();
-    let mended = json!({"spec": {"model": {"credentials": {"secretRef": {"name": "hub"}}}}});
-    stage.run(&["patch", "llmd/gated", "--type=merge", "-p", &mended.to_string()]).unwrap();
-    stage.wait_ready("gated").unwrap();
 }
