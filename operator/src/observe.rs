@@ -2,8 +2,11 @@
 //! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
 //! decision, a read beside the watches.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::stream::{BoxStream, SelectAll, StreamExt, TryStreamExt};
@@ -54,6 +57,54 @@ pub struct Caches {
     /// Kinds of the Prometheus operator, which may be there, come or go.
     pub pod_monitors: Optional<PodMonitor>,
     pub prometheus_rules: Optional<PrometheusRule>,
+    nodes_version: Arc<NodesVersion>,
+}
+
+/// Counts changes of what a plan may depend on in the nodes; that their kubelets are alive is none.
+#[derive(Default)]
+struct NodesVersion {
+    version: AtomicU64,
+    digests: Mutex<HashMap<String, u64>>,
+}
+
+impl NodesVersion {
+    /// Forgets nodes that are not `there`; true where there was one.
+    fn retain(&self, there: impl Fn(&str) -> bool) -> bool {
+        let mut digests = self.digests.lock().expect("no holder panics");
+        let before = digests.len();
+        digests.retain(|name, _| there(name));
+        let changed = digests.len() != before;
+        if changed {
+            self.version.fetch_add(1, Ordering::Relaxed);
+        }
+        changed
+    }
+
+    /// Notes a node as it is, or that it is gone; true where that changed something.
+    fn note(&self, name: &str, node: Option<&Node>) -> bool {
+        let mut digests = self.digests.lock().expect("no holder panics");
+        let before = digests.get(name).copied();
+        let now = node.map(digest_of_node);
+        match now {
+            Some(digest) => digests.insert(name.to_owned(), digest),
+            None => digests.remove(name),
+        };
+        let changed = before != now;
+        if changed {
+            self.version.fetch_add(1, Ordering::Relaxed);
+        }
+        changed
+    }
+}
+
+/// Labels, taints, and what pods may ask for.
+fn digest_of_node(node: &Node) -> u64 {
+    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
+    let planned_with = (&node.metadata.labels, &node.spec, allocatable);
+    let text = serde_json::to_string(&planned_with).expect("objects of the API are JSON");
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A namespaced kind that has a cache here.
@@ -128,6 +179,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         optional::follow(client, scope.api(), monitoring::POD_MONITORS, everyone.clone());
     let (prometheus_rules, ruled) =
         optional::follow(client, scope.api(), monitoring::PROMETHEUS_RULES, everyone);
+    let nodes_version = Arc::new(NodesVersion::default());
     let (fill, filled) = watch::channel(false);
     let caches = Arc::new(Caches {
         objects,
@@ -145,6 +197,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         nodes,
         pod_monitors,
         prometheus_rules,
+        nodes_version: nodes_version.clone(),
     });
     let filling = caches.clone();
     tokio::spawn(async move {
@@ -170,9 +223,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
     triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
-    let objects = caches.objects.clone();
-    let unplanned = move |_: &Node| objects_without_a_plan(&objects);
-    triggers.push(follow(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
+    triggers.push(follow_nodes(Api::all(client.clone()), nodes_writer, caches.clone()));
     triggers.push(monitored);
     triggers.push(ruled);
     (caches, triggers)
@@ -254,7 +305,43 @@ fn objects_of_pod(pod: &Pod, jobs: &Store<Job>) -> Vec<ObjectRef<LLMDeployment>>
     job.map(|job| owners(job.as_ref())).unwrap_or_default()
 }
 
-/// A node that comes or grows concerns only those for whom no plan was found.
+/// A node that comes, goes or changes concerns everyone; that it is alive only those for whom no plan was found. While the
+/// caches fill, everyone is looked at anyway.
+fn follow_nodes(
+    api: Api<Node>,
+    writer: reflector::store::Writer<Node>,
+    caches: Arc<Caches>,
+) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+    watcher(api, watcher::Config::default())
+        .default_backoff()
+        .modify(trim_node)
+        .reflect(writer)
+        .map_ok(move |event| futures::stream::iter(objects_of_nodes(&event, &caches)).map(Ok))
+        .try_flatten()
+        .boxed()
+}
+
+fn objects_of_nodes(
+    event: &watcher::Event<Node>,
+    caches: &Caches,
+) -> Vec<ObjectRef<LLMDeployment>> {
+    let Caches { nodes, nodes_version, objects, .. } = caches;
+    let changed = match event {
+        watcher::Event::Init => return Vec::new(),
+        watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
+            nodes_version.note(&node.name_any(), Some(node))
+        }
+        watcher::Event::Delete(node) => nodes_version.note(&node.name_any(), None),
+        watcher::Event::InitDone => {
+            nodes_version.retain(|name| nodes.get(&ObjectRef::new(name)).is_some())
+        }
+    };
+    if !changed || !caches.is_ready() {
+        return objects_without_a_plan(objects);
+    }
+    objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
+}
+
 fn objects_without_a_plan(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {
     let planned = |object: &LLMDeployment| {
         let conditions = object.status.iter().flat_map(|status| &status.conditions);
@@ -369,6 +456,11 @@ impl Caches {
             object.meta().namespace.as_deref() == Some(namespace)
                 && object.labels().get(label).is_some_and(|held| held == value)
         })
+    }
+
+    /// Another number whenever the nodes changed in a way that may matter to a plan.
+    pub fn nodes_version(&self) -> u64 {
+        self.nodes_version.version.load(Ordering::Relaxed)
     }
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {
