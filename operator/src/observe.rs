@@ -2,11 +2,8 @@
 //! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
 //! decision, a read beside the watches.
 
-use std::collections::HashMap;
 use std::fmt::Debug;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{BoxStream, SelectAll, StreamExt, TryStreamExt};
@@ -30,8 +27,10 @@ use tokio::sync::watch;
 use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
 
+mod nodes_version;
 mod optional;
 
+use nodes_version::NodesVersion;
 pub use optional::Optional;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
@@ -54,57 +53,10 @@ pub struct Caches {
     facts: Store<ConfigMap>,
     pods: Store<Pod>,
     nodes: Store<Node>,
+    nodes_version: NodesVersion,
     /// Kinds of the Prometheus operator, which may be there, come or go.
     pub pod_monitors: Optional<PodMonitor>,
     pub prometheus_rules: Optional<PrometheusRule>,
-    nodes_version: Arc<NodesVersion>,
-}
-
-/// Counts changes of what a plan may depend on in the nodes; that their kubelets are alive is none.
-#[derive(Default)]
-struct NodesVersion {
-    version: AtomicU64,
-    digests: Mutex<HashMap<String, u64>>,
-}
-
-impl NodesVersion {
-    /// Forgets nodes that are not `there`; true where there was one.
-    fn retain(&self, there: impl Fn(&str) -> bool) -> bool {
-        let mut digests = self.digests.lock().expect("no holder panics");
-        let before = digests.len();
-        digests.retain(|name, _| there(name));
-        let changed = digests.len() != before;
-        if changed {
-            self.version.fetch_add(1, Ordering::Relaxed);
-        }
-        changed
-    }
-
-    /// Notes a node as it is, or that it is gone; true where that changed something.
-    fn note(&self, name: &str, node: Option<&Node>) -> bool {
-        let mut digests = self.digests.lock().expect("no holder panics");
-        let before = digests.get(name).copied();
-        let now = node.map(digest_of_node);
-        match now {
-            Some(digest) => digests.insert(name.to_owned(), digest),
-            None => digests.remove(name),
-        };
-        let changed = before != now;
-        if changed {
-            self.version.fetch_add(1, Ordering::Relaxed);
-        }
-        changed
-    }
-}
-
-/// Labels, taints, and what pods may ask for.
-fn digest_of_node(node: &Node) -> u64 {
-    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let planned_with = (&node.metadata.labels, &node.spec, allocatable);
-    let text = serde_json::to_string(&planned_with).expect("objects of the API are JSON");
-    let mut hasher = DefaultHasher::new();
-    text.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// A namespaced kind that has a cache here.
@@ -179,7 +131,6 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         optional::follow(client, scope.api(), monitoring::POD_MONITORS, everyone.clone());
     let (prometheus_rules, ruled) =
         optional::follow(client, scope.api(), monitoring::PROMETHEUS_RULES, everyone);
-    let nodes_version = Arc::new(NodesVersion::default());
     let (fill, filled) = watch::channel(false);
     let caches = Arc::new(Caches {
         objects,
@@ -195,9 +146,9 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         facts,
         pods,
         nodes,
+        nodes_version: NodesVersion::default(),
         pod_monitors,
         prometheus_rules,
-        nodes_version: nodes_version.clone(),
     });
     let filling = caches.clone();
     tokio::spawn(async move {
@@ -460,7 +411,7 @@ impl Caches {
 
     /// Another number whenever the nodes changed in a way that may matter to a plan.
     pub fn nodes_version(&self) -> u64 {
-        self.nodes_version.version.load(Ordering::Relaxed)
+        self.nodes_version.get()
     }
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {

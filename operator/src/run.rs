@@ -64,15 +64,15 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from [default: the public hub]
     #[arg(long, value_name = "URL")]
     pub hub_endpoint: Option<String>,
+    /// Seconds between two looks at what the engines of an object measure; 0: none
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub measure_seconds: u64,
     /// Who may reach engines whose spec.network does not say
     #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
     pub clients: ClientsArg,
     /// A label, KEY=VALUE, by which a Prometheus finds PodMonitors and PrometheusRules; may be repeated [default: none]
     #[arg(long = "monitor-label", value_name = "KEY=VALUE", value_parser = label)]
     pub monitor_labels: Vec<(String, String)>,
-    /// Seconds between two looks at what the engines of an object measure; 0: none
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
-    pub measure_seconds: u64,
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
     #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pub lease_namespace: Option<String>,

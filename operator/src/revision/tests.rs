@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use plimsoll_crds::{Clients, LLMDeployment};
+use plimsoll_crds::Clients;
 
 use super::*;
 use crate::desired::monitoring::Promises;

@@ -146,9 +146,8 @@ fn first(found: &Findings<'_>) -> LLMDeploymentStatus {
     compute(found, None, &Time(Timestamp::UNIX_EPOCH))
 }
 
-/// aibrix#1860: what cannot load was tried for ever, and never called failed.
 #[test]
-fn aibrix_1860_what_ran_out_of_memory_twice_is_stalled_with_both_figures() {
+fn what_ran_out_of_memory_twice_is_stalled_with_both_figures() {
     let revision = revision();
     let figures = "an engine needed 4 GiB where 3 were planned; planned anew, it needed 5";
     let ended = [play("new", true, false, Some("OutOfDeviceMemory"))];

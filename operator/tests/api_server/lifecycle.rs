@@ -221,7 +221,7 @@ async fn a_class_of_which_no_node_is_left_is_left_after_patience() {
 #[tokio::test(flavor = "multi_thread")]
 async fn dynamo_10104_out_of_memory_is_planned_anew_once_and_then_stalls_with_both_figures() {
     let Some(world) = World::new("memory").await else { return };
-    let _operator = world.operator(&[]);
+    let operator = world.operator(&[]);
     world.bring_up("assistant", json!({"resources": {"memory": "1Gi"}})).await;
     let before = world.runs("assistant", &world.plan_hash("assistant").await).await.plan.unwrap();
     let report = |needed: i64| {
@@ -244,7 +244,9 @@ async fn dynamo_10104_out_of_memory_is_planned_anew_once_and_then_stalls_with_bo
     let message = world.condition("assistant", "Planned", "True", "PlanChosen").await;
     assert!(message.contains("an engine needed at least"), "{message}");
 
-    // Once more, and that is all: both figures, and no third plan.
+    // Once more, and that is all, for an operator too that was not there the first time: both figures, and no third plan.
+    assert!(operator.stop());
+    let _operator = world.operator(&[]);
     world.delete::<Pod>(&pod).await;
     let pod = world.run_pod("assistant", false).await;
     world.end_engine(&pod, report(more + (50 << 20))).await;
@@ -291,6 +293,43 @@ async fn an_engine_killed_at_its_limit_gets_a_higher_one_and_with_manual_once_so
     world.runs("assistant", &offered.hash).await;
     let higher = |held: &Deployment| limit(held).filter(|after| *after != before);
     world.eventually("assistant", "another limit", higher).await;
+}
+
+/// kserve#5353: a field that the controller filled in was a drift for ever in the eyes of Argo CD.
+#[tokio::test(flavor = "multi_thread")]
+async fn kserve_5353_a_manifest_that_is_applied_again_and_again_never_differs_from_what_is_there() {
+    let Some(world) = World::new("gitops").await else { return };
+    let _operator = world.operator(&[]);
+    let plan = json!({"apply": "Manual"});
+    world.declare("assistant", json!({"plan": plan})).await;
+    world.finish_inspect(&facts(), 0).await;
+    let hash = world.plan_hash("assistant").await;
+    let spec = json!({"model": {"source": "pvc://models/tiny"},
+        "plan": {"apply": "Manual", "pinnedHash": hash}});
+    let committed = json!({"apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
+        "metadata": {"name": "assistant", "namespace": world.namespace}, "spec": spec});
+    let apply = || async {
+        let params = kube::api::PatchParams::apply("argocd-controller").force();
+        let patch = kube::api::Patch::Apply(&committed);
+        world.api::<LLMDeployment>().patch("assistant", &params, &patch).await.unwrap()
+    };
+    let first = apply().await;
+    world.runs("assistant", &hash).await;
+    world.run_pod("assistant", true).await;
+    world.condition("assistant", "Ready", "True", "Serving").await;
+    let settled = apply().await;
+    assert_eq!(settled.metadata.generation, first.metadata.generation);
+    for _ in 0..3 {
+        assert_eq!(apply().await.metadata.resource_version, settled.metadata.resource_version);
+    }
+    let ours = settled.metadata.managed_fields.unwrap().into_iter().filter(|held| {
+        let manager = held.manager.as_deref().unwrap_or_default();
+        manager != "argocd-controller" && held.subresource.is_none()
+    });
+    let ours: Vec<_> = ours.filter_map(|held| held.manager).collect();
+    assert!(!ours.iter().any(|manager| manager == "plimsoll"), "{ours:?}");
+    let at_rest = world.requests_during(QUIET).await;
+    assert!(at_rest.is_empty(), "{at_rest:#?}");
 }
 
 /// restate-operator#138: a field that the API server writes otherwise led to eight reconciles a second, for ever.
