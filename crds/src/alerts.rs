@@ -144,6 +144,8 @@ fn reload_loop(watched: &Watched<'_>) -> Alert {
         .remedy("`kubectl describe llmd NAME`: the engine's own words stand in the condition EngineLoaded.")
 }
 
+/// Weights and cache are laid out as planned or the plan is wrong; the rest of the sum is a bound, so that less than it is
+/// no fault.
 fn plan_off(watched: &Watched<'_>) -> Alert {
     let weights = watched.engine(engine::WEIGHTS_BYTES, "");
     let cache = watched.engine(engine::KV_CACHE_BYTES, "");
@@ -151,13 +153,19 @@ fn plan_off(watched: &Watched<'_>) -> Alert {
         let part = format!("part=\"{part}\"");
         format!("max({})", watched.object(operator::PLAN_MEMORY_BYTES, &part))
     };
+    let whole = |kind: &str| {
+        let kind = format!("kind=\"{kind}\"");
+        format!("max({})", watched.object(operator::MEMORY_BYTES, &kind))
+    };
     alert(watched, "PlimsollPlanOff", Severity::Warning, 15)
         .when(format!(
-            "abs(max({weights} + {cache}) / ({} + {}) - 1) > {PLAN_OFF_RATIO}",
+            "abs(max({weights} + {cache}) / ({} + {}) - 1) > {PLAN_OFF_RATIO} or {} / {} > 1 + {PLAN_OFF_RATIO}",
             planned("weights"),
-            planned("kv")
+            planned("kv"),
+            whole("measured"),
+            whole("predicted")
         ))
-        .says("takes more than a tenth more or less memory for weights and KV cache than its plan says")
+        .says("takes other memory than its plan says: a tenth more at its peak, or a tenth more or less for weights and KV cache")
         .remedy("A defect of the planner or of the engine: please report it with `kubectl get llmd NAME -o yaml`.")
 }
 

@@ -190,7 +190,10 @@ fn what_engines_do() -> Vec<Panel> {
 fn what_the_plan_promised() -> Vec<Panel> {
     let planned = format!("max by (part) ({})", said(operator::PLAN_MEMORY_BYTES, ""));
     let help = "Of one pod. What the plan counts on, and what weights and KV cache really take";
+    let whole = format!("max by (kind) ({})", said(operator::MEMORY_BYTES, ""));
+    let said_so = "The plan's sum, and the most that an engine has held of it";
     vec![
+        lines("Memory: the sum and the peak", said_so, "bytes").of(whole, "{{kind}}"),
         lines("Memory: planned and taken", help, "bytes")
             .of(planned, "planned: {{part}}")
             .of(format!("max({})", one(engine::WEIGHTS_BYTES)), "taken: weights")

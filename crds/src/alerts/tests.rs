@@ -73,6 +73,7 @@ const PREEMPTED: &str = "plimsoll_preemptions_total";
 const FINISHED: &str = "plimsoll_requests_finished_total";
 const RESTARTS: &str = operator::ENGINE_RESTARTS;
 const PLANNED: &str = operator::PLAN_MEMORY_BYTES;
+const WHOLE: &str = operator::MEMORY_BYTES;
 
 fn of_availability() -> Vec<Case> {
     let ready =
@@ -169,6 +170,17 @@ fn of_promises() -> Vec<Case> {
                 (TPOT, r#"le="0.1""#, "0+60x30"),
                 (TPOT, all, "0+60x30"),
             ],
+        )
+        .silent_at(30),
+        case(
+            "PlimsollPlanOff",
+            &[(WHOLE, r#"kind="predicted""#, "100x30"), (WHOLE, r#"kind="measured""#, "115x30")],
+        )
+        .fires_at(16),
+        // Less than the sum is what a cache that is not full looks like.
+        case(
+            "PlimsollPlanOff",
+            &[(WHOLE, r#"kind="predicted""#, "100x30"), (WHOLE, r#"kind="measured""#, "60x30")],
         )
         .silent_at(30),
         case(
