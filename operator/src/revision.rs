@@ -80,7 +80,7 @@ pub struct Revision {
 }
 
 /// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, the network who
-/// reaches them, and who decides on plans which of them runs.
+/// reaches them; who decides on plans changes which of them runs.
 pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");

@@ -366,7 +366,7 @@ async fn restate_operator_138_measuring_costs_a_write_only_when_a_value_moved() 
     let told = _operator.ask("/metrics");
     let series = |kind: &str, bytes: i64| {
         format!(
-            "plimsoll_operator_plan_memory_bytes{{namespace=\"{}\",name=\"assistant\",kind=\"{kind}\"}} {bytes}",
+            "plimsoll_llmdeployment_memory_bytes{{namespace=\"{}\",name=\"assistant\",kind=\"{kind}\"}} {bytes}",
             world.namespace
         )
     };
@@ -375,7 +375,7 @@ async fn restate_operator_138_measuring_costs_a_write_only_when_a_value_moved() 
     let plan = object.status.unwrap().plan.unwrap();
     assert!(told.contains(&series("predicted", plan.memory_bytes.total)), "{told}");
     let info = format!("hash=\"{}\",quantization=\"None\",dtype=\"F32\"", plan.hash);
-    assert!(told.contains("plimsoll_operator_plan_info{") && told.contains(&info), "{told}");
+    assert!(told.contains("plimsoll_llmdeployment_plan_info{") && told.contains(&info), "{told}");
     // Another revision was not measured yet.
     engine.silence();
     world.merge::<LLMDeployment>("assistant", json!({"spec": {"contextTokens": 512}})).await;
