@@ -13,12 +13,13 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment, LLMDeploymentSpec,
-    Model, Network, PlanApply, PlanPolicy, Resources, Rollout, SecretKey, Storage, Workload,
+    Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
+    LLMDeploymentSpec, Model, Network, Objective, PlanApply, PlanPolicy, Quality,
+    QuantizationChoice, Resources, Rollout, SecretKey, Slo, Storage, StrategyChoice, Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
-    PlanCause, PlanChange, PlanStatus, RejectedStatus,
+    PlanCause, PlanChange, PlanStatus, PredictedStatus, RejectedStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.

@@ -16,7 +16,9 @@ use crate::exhausted::{self, Learned};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::observe::Seen;
-use crate::plan::{self, Neighbours, Update};
+use crate::plan::{
+    self, Neighbours, NodeResources, Overrun, Plan, PlanOutcome, Question, Quota, Scope, Update,
+};
 use crate::reconcile::{Context, NEIGHBOURS_AGAIN, Pass};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{PlanPolicy, Spec};
@@ -237,7 +239,8 @@ async fn consider_better(
         return Ok(());
     };
     let nodes = plan::nodes(&case.seen.nodes, &Neighbours::default());
-    let feasible = plan::feasible(&with_learned(case.spec, learned.as_ref()), &facts, &nodes);
+    let overruns: Vec<Overrun> = learned.iter().map(Learned::overrun).collect();
+    let feasible = plan::feasible(&case.question(&facts, &nodes, Quota::default(), &overruns));
     let best = lifecycle::better(plan, &feasible);
     let offered = pass.offered.take();
     let still = |held: &Revision| match best {
@@ -271,25 +274,20 @@ async fn withdraw(case: &Case<'_>, standing: &Revision) -> Result<(), ApplyError
     }
 }
 
-fn with_learned(spec: &Spec, learned: Option<&Learned>) -> Spec {
-    Spec { unplanned: learned.map(Learned::unplanned), ..spec.clone() }
-}
-
 /// facts → plan → revision.
 async fn replan(
     case: &Case<'_>,
     occasion: Occasion<'_>,
     pass: &mut Pass,
 ) -> Result<Outcome, ApplyError> {
-    let Case { identity, seen, context, .. } = *case;
-    let spec = with_learned(case.spec, occasion.learned.as_ref());
-    let key = facts::key(&spec);
+    let Case { identity, seen, context, spec, .. } = *case;
+    let key = facts::key(spec);
     // Cordoned nodes and those kept for others take no pods.
     let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
-    let (place, storage_note) = Place::choose(&spec, &key, open);
+    let (place, storage_note) = Place::choose(spec, &key, open);
     let note = storage_note.as_deref();
     let settings = &context.settings;
-    let wanted = Wanted { identity, spec: &spec, key: &key, place: &place, commit: None, settings };
+    let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
     let Some(facts) = learn(&wanted, note, context, pass).await? else {
         return Ok(Outcome::Unknown);
     };
@@ -297,10 +295,12 @@ async fn replan(
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let outcome = plan::plan(&spec, &facts, &nodes);
-    let feasible = plan::feasible(&spec, &facts, &nodes);
+    let overruns: Vec<Overrun> = occasion.learned.iter().map(Learned::overrun).collect();
+    let question = case.question(&facts, &nodes, neighbours.quota, &overruns);
+    let (outcome, feasible) = (plan::choose(&question), plan::feasible(&question));
     let choice = match (occasion.cause, occasion.before) {
         (PlanCause::BetterPlan, Some(before)) => lifecycle::better(&before.content.plan, &feasible)
+            .filter(|plan| plan::room_for(plan, &nodes) > 0)
             .map(|plan| lifecycle::Choice { plan, waits: Some(Reason::PlanNotPinned) }),
         _ => lifecycle::choose(&spec.plan, &feasible),
     };
@@ -308,13 +308,14 @@ async fn replan(
         if occasion.cause == PlanCause::SpecChanged {
             pass.facts = Some(facts);
         }
-        if occasion.cause != PlanCause::BetterPlan && !neighbours.asked.is_empty() {
+        let others = !neighbours.asked.is_empty() || neighbours.quota.gpus.is_some();
+        if occasion.cause != PlanCause::BetterPlan && others {
             pass.again = Some(NEIGHBOURS_AGAIN);
         }
         let refusal = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
         return Ok(Outcome::Nothing(refusal));
     };
-    let made = Made { spec: &spec, key, facts: &facts, nodes: &nodes, outcome: &outcome, choice };
+    let made = Made { spec, key, facts: &facts, nodes: &nodes, outcome: &outcome, choice };
     freeze(case, occasion, made, place, storage_note).await
 }
 
@@ -323,8 +324,8 @@ struct Made<'a> {
     spec: &'a Spec,
     key: String,
     facts: &'a ModelFacts,
-    nodes: &'a [plan::NodeResources],
-    outcome: &'a plan::PlanOutcome,
+    nodes: &'a [NodeResources],
+    outcome: &'a PlanOutcome,
     choice: lifecycle::Choice<'a>,
 }
 
@@ -383,10 +384,10 @@ fn changed(before: &PlanStatus, after: &PlanStatus, cause: PlanCause) -> Option<
 /// The plan with everything that its sentence has to say.
 fn in_words(
     spec: &Spec,
-    plan: &plan::Plan,
-    nodes: &[plan::NodeResources],
+    plan: &Plan,
+    nodes: &[NodeResources],
     learned: Option<&Learned>,
-) -> (Update, plan::Plan) {
+) -> (Update, Plan) {
     let mut plan = plan.clone();
     let (update, room) = plan::room(spec, &plan, nodes);
     let learned = learned.filter(|learned| learned.class == plan.accelerator);
@@ -443,6 +444,18 @@ async fn rehearsed(
 }
 
 impl Case<'_> {
+    fn question<'q>(
+        &'q self,
+        facts: &'q ModelFacts,
+        nodes: &'q [NodeResources],
+        quota: Quota,
+        overruns: &'q [Overrun],
+    ) -> Question<'q> {
+        let prices = &self.context.prices;
+        let scope = Scope::Runnable;
+        Question { spec: self.spec, facts, nodes, quota, overruns, prices, scope }
+    }
+
     /// Whether this revision was held against the nodes as they are.
     fn is_considered(&self, revision: &Revision) -> bool {
         self.context.considered.holds(&self.identity.uid, &self.mark(revision))

@@ -21,6 +21,7 @@ use crate::desired::{self, Children, Identity, Settings, Surroundings, protectio
 use crate::measure::Measurements;
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
+use crate::plan::Prices;
 use crate::revision::{self, Revision};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
@@ -31,7 +32,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// A child of a deleted object of the same name is soon gone.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
-/// No watch tells when other pods leave a node.
+/// No watch tells when other pods leave a node, or a quota changes.
 pub const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
 /// Objects of which is remembered what they were held against.
 const CONSIDERED_MAX: usize = 100_000;
@@ -45,6 +46,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
+    /// What an hour of a GPU costs, for plans by cost.
+    pub prices: Prices,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
     pub considered: Considered,
@@ -167,7 +170,7 @@ async fn forward(
         if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
             stand(standing, around, identity, context).await?;
         }
-        release(spec, seen, context).await;
+        release(spec, seen, context).await?;
         forget(revisions, Some(&standing.name), identity, context).await?;
         if pass.revision_is_current {
             let engines = pods::engines(&seen.pods, Some(&standing.hash), context.now().0);
@@ -261,17 +264,15 @@ async fn monitor(
     Ok(())
 }
 
-/// Pods that have come to answer are protected no more. Where that fails they serve all the same, and the next pass tries
-/// again.
-async fn release(spec: &Spec, seen: &Seen, context: &Context) {
+/// Pods that have come to answer are protected no more.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
     if protection::is_the_users(spec) {
-        return;
+        return Ok(());
     }
     for pod in protection::over(&seen.pods, &seen.nodes) {
-        if let Err(error) = context.writer().release(pod.as_ref()).await {
-            tracing::warn!(%error, "a pod that answers is still protected");
-        }
+        context.writer().release(pod.as_ref()).await?;
     }
+    Ok(())
 }
 
 /// An end to revisions beyond the history.

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::plan::tests::{facts, node, spec};
+use crate::plan::{Prices, Question, Quota, Scope};
 use crate::revision::Content;
-use crate::spec::Spec;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -112,17 +112,26 @@ fn what_was_learned_before_is_kept_and_of_several_pods_the_worst_counts() {
 /// dynamo#10104: what a generator had planned ran out of memory in KV allocation at every start, for ever.
 #[test]
 fn dynamo_10104_a_plan_that_ran_out_of_memory_is_made_again_with_less_cache() {
-    let plans = |spec: &Spec| plan::plan(spec, &facts(), &[node(16 * GIB)]);
-    let first = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
-    let before = plans(&first).chosen.unwrap();
-    let unplanned = Unplanned { class: "cpu".to_owned(), bytes: GIB };
-    let after = plans(&Spec { unplanned: Some(unplanned), ..first.clone() }).chosen.unwrap();
+    let spec = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
+    let (facts, nodes, prices) = (facts(), [node(16 * GIB)], Prices::default());
+    let planned = |bytes: u64| {
+        let overruns = [Overrun { class: "cpu".to_owned(), bytes }];
+        plan::choose(&Question {
+            spec: &spec,
+            facts: &facts,
+            nodes: &nodes,
+            quota: Quota::default(),
+            overruns: &overruns,
+            prices: &prices,
+            scope: Scope::Runnable,
+        })
+    };
+    let (before, after) = (planned(0).chosen.unwrap(), planned(GIB).chosen.unwrap());
     assert!(after.cache.tokens < before.cache.tokens, "{before:?} {after:?}");
     assert!(after.memory.total() <= after.capacity);
     assert_ne!(after.hash, before.hash);
     // Where even the least cache has no room beside it, the refusal shows the whole sum.
-    let unplanned = Unplanned { class: "cpu".to_owned(), bytes: 6 * GIB };
-    let refused = plans(&Spec { unplanned: Some(unplanned), ..first }).refusal().unwrap();
+    let refused = planned(6 * GIB).refusal().unwrap();
     assert!(refused.1.contains("process 6.1 GiB"), "{refused:?}");
 }
 
@@ -137,5 +146,5 @@ fn kaito_1374_what_a_card_lacks_of_its_label_is_measured_and_planned_with() {
     .unwrap();
     // The next sum is at most what there was: 22 GiB less what is held beside it.
     assert_eq!(learned.unplanned_bytes, GIB);
-    assert_eq!(learned.unplanned(), Unplanned { class: "nvidia-a10".to_owned(), bytes: GIB });
+    assert_eq!(learned.overrun(), Overrun { class: "nvidia-a10".to_owned(), bytes: GIB });
 }
