@@ -16,9 +16,7 @@ use crate::exhausted::{self, Learned};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::observe::Seen;
-use crate::plan::{
-    self, Neighbours, NodeResources, Overrun, Plan, PlanOutcome, Question, Quota, Scope, Update,
-};
+use crate::plan::{self, Neighbours, Overrun, Question, Quota, Scope, Update};
 use crate::reconcile::{Context, NEIGHBOURS_AGAIN, Pass};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{PlanPolicy, Spec};
@@ -239,8 +237,16 @@ async fn consider_better(
         return Ok(());
     };
     let nodes = plan::nodes(&case.seen.nodes, &Neighbours::default());
-    let overruns: Vec<Overrun> = learned.iter().map(Learned::overrun).collect();
-    let feasible = plan::feasible(&case.question(&facts, &nodes, Quota::default(), &overruns));
+    let overruns = overruns(learned.as_ref());
+    let feasible = plan::feasible(&Question {
+        spec: case.spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: Quota::default(),
+        overruns: &overruns,
+        prices: &case.context.prices,
+        scope: Scope::Runnable,
+    });
     let best = lifecycle::better(plan, &feasible);
     let offered = pass.offered.take();
     let still = |held: &Revision| match best {
@@ -274,13 +280,17 @@ async fn withdraw(case: &Case<'_>, standing: &Revision) -> Result<(), ApplyError
     }
 }
 
+fn overruns(learned: Option<&Learned>) -> Vec<Overrun> {
+    learned.map(Learned::overrun).into_iter().collect()
+}
+
 /// facts → plan → revision.
 async fn replan(
     case: &Case<'_>,
     occasion: Occasion<'_>,
     pass: &mut Pass,
 ) -> Result<Outcome, ApplyError> {
-    let Case { identity, seen, context, spec, .. } = *case;
+    let Case { spec, identity, seen, context, .. } = *case;
     let key = facts::key(spec);
     // Cordoned nodes and those kept for others take no pods.
     let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
@@ -295,9 +305,18 @@ async fn replan(
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let overruns: Vec<Overrun> = occasion.learned.iter().map(Learned::overrun).collect();
-    let question = case.question(&facts, &nodes, neighbours.quota, &overruns);
-    let (outcome, feasible) = (plan::choose(&question), plan::feasible(&question));
+    let overruns = overruns(occasion.learned.as_ref());
+    let question = Question {
+        spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: neighbours.quota,
+        overruns: &overruns,
+        prices: &context.prices,
+        scope: Scope::Runnable,
+    };
+    let outcome = plan::choose(&question);
+    let feasible = plan::feasible(&question);
     let choice = match (occasion.cause, occasion.before) {
         (PlanCause::BetterPlan, Some(before)) => lifecycle::better(&before.content.plan, &feasible)
             .filter(|plan| plan::room_for(plan, &nodes) > 0)
@@ -324,8 +343,8 @@ struct Made<'a> {
     spec: &'a Spec,
     key: String,
     facts: &'a ModelFacts,
-    nodes: &'a [NodeResources],
-    outcome: &'a PlanOutcome,
+    nodes: &'a [plan::NodeResources],
+    outcome: &'a plan::PlanOutcome,
     choice: lifecycle::Choice<'a>,
 }
 
@@ -384,10 +403,10 @@ fn changed(before: &PlanStatus, after: &PlanStatus, cause: PlanCause) -> Option<
 /// The plan with everything that its sentence has to say.
 fn in_words(
     spec: &Spec,
-    plan: &Plan,
-    nodes: &[NodeResources],
+    plan: &plan::Plan,
+    nodes: &[plan::NodeResources],
     learned: Option<&Learned>,
-) -> (Update, Plan) {
+) -> (Update, plan::Plan) {
     let mut plan = plan.clone();
     let (update, room) = plan::room(spec, &plan, nodes);
     let learned = learned.filter(|learned| learned.class == plan.accelerator);
@@ -444,18 +463,6 @@ async fn rehearsed(
 }
 
 impl Case<'_> {
-    fn question<'q>(
-        &'q self,
-        facts: &'q ModelFacts,
-        nodes: &'q [NodeResources],
-        quota: Quota,
-        overruns: &'q [Overrun],
-    ) -> Question<'q> {
-        let prices = &self.context.prices;
-        let scope = Scope::Runnable;
-        Question { spec: self.spec, facts, nodes, quota, overruns, prices, scope }
-    }
-
     /// Whether this revision was held against the nodes as they are.
     fn is_considered(&self, revision: &Revision) -> bool {
         self.context.considered.holds(&self.identity.uid, &self.mark(revision))

@@ -59,7 +59,7 @@ pub struct Question<'a> {
     pub facts: &'a ModelFacts,
     pub nodes: &'a [NodeResources],
     pub quota: Quota,
-    /// What engines needed beyond their plans, by class, and what the next plan holds beside its sum: measured feedback.
+    /// What engines took beyond their plans, by class: measured feedback.
     pub overruns: &'a [Overrun],
     pub prices: &'a Prices,
     pub scope: Scope,
@@ -166,20 +166,11 @@ pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOut
 pub fn choose(question: &Question<'_>) -> PlanOutcome {
     let Question { spec, nodes, .. } = *question;
     let (allowed, left_out) = allowed(spec, machines::machines(spec, nodes));
-    let mut feasible = Vec::new();
-    let mut refused = Vec::new();
-    for candidate in candidates::candidates(question, &allowed) {
-        match weigh(question, &candidate) {
-            Ok((fitted, predicted)) => feasible.push(Feasible { candidate, fitted, predicted }),
-            Err(refusal) => refused.push(Rejected::refused(&candidate, refusal)),
-        }
-    }
-    rank::nearest(&mut refused);
+    let (feasible, mut refused) = weighed(question, &allowed);
     for (class, why) in machines::unusable(nodes).into_iter().chain(left_out) {
         refused.push(Rejected::class(&class, why));
     }
     let objective = spec.preferences.objective;
-    rank::rank(&mut feasible, objective);
     let best = feasible.iter().position(|one| one.candidate.runnable);
     let chosen = best.map(|best| {
         let why = explain::chosen(question, &feasible, best);
@@ -196,23 +187,33 @@ pub fn choose(question: &Question<'_>) -> PlanOutcome {
     PlanOutcome { chosen, rejected }
 }
 
-/// Every plan that can be had and runs, the best first, whatever is chosen of them.
+/// Every plan that runs and can be had, the best first, whatever is chosen of them.
 pub fn feasible(question: &Question<'_>) -> Vec<Plan> {
-    let Question { spec, nodes, .. } = *question;
-    let (allowed, _) = allowed(spec, machines::machines(spec, nodes));
+    let (allowed, _) = allowed(question.spec, machines::machines(question.spec, question.nodes));
+    let (feasible, _) = weighed(question, &allowed);
+    let plan = |(at, one): (usize, &Feasible<'_>)| {
+        let runs = one.candidate.runnable;
+        runs.then(|| assemble(question.spec, one, explain::chosen(question, &feasible, at)))
+    };
+    feasible.iter().enumerate().filter_map(plan).collect()
+}
+
+/// What can be had, the best first, and what cannot.
+fn weighed<'a>(
+    question: &Question<'_>,
+    allowed: &'a [machines::Machine],
+) -> (Vec<Feasible<'a>>, Vec<Rejected>) {
     let mut feasible = Vec::new();
-    for candidate in candidates::candidates(question, &allowed) {
-        if candidate.runnable
-            && let Ok((fitted, predicted)) = weigh(question, &candidate)
-        {
-            feasible.push(Feasible { candidate, fitted, predicted });
+    let mut refused = Vec::new();
+    for candidate in candidates::candidates(question, allowed) {
+        match weigh(question, &candidate) {
+            Ok((fitted, predicted)) => feasible.push(Feasible { candidate, fitted, predicted }),
+            Err(refusal) => refused.push(Rejected::refused(&candidate, refusal)),
         }
     }
-    rank::rank(&mut feasible, spec.preferences.objective);
-    let plan = |index: usize| {
-        assemble(spec, &feasible[index], explain::chosen(question, &feasible, index))
-    };
-    (0..feasible.len()).map(plan).collect()
+    rank::nearest(&mut refused);
+    rank::rank(&mut feasible, question.spec.preferences.objective);
+    (feasible, refused)
 }
 
 /// Classes that the spec allows, and those that it leaves out.

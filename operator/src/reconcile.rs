@@ -170,7 +170,7 @@ async fn forward(
         if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
             stand(standing, around, identity, context).await?;
         }
-        release(spec, seen, context).await?;
+        release(spec, seen, context).await;
         forget(revisions, Some(&standing.name), identity, context).await?;
         if pass.revision_is_current {
             let engines = pods::engines(&seen.pods, Some(&standing.hash), context.now().0);
@@ -264,15 +264,17 @@ async fn monitor(
     Ok(())
 }
 
-/// Pods that have come to answer are protected no more.
-async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
+/// Pods that have come to answer are protected no more. Where that fails they serve all the same, and the next pass tries
+/// again.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) {
     if protection::is_the_users(spec) {
-        return Ok(());
+        return;
     }
     for pod in protection::over(&seen.pods, &seen.nodes) {
-        context.writer().release(pod.as_ref()).await?;
+        if let Err(error) = context.writer().release(pod.as_ref()).await {
+            tracing::warn!(%error, "a pod that answers is still protected");
+        }
     }
-    Ok(())
 }
 
 /// An end to revisions beyond the history.

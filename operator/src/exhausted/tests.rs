@@ -113,25 +113,24 @@ fn what_was_learned_before_is_kept_and_of_several_pods_the_worst_counts() {
 #[test]
 fn dynamo_10104_a_plan_that_ran_out_of_memory_is_made_again_with_less_cache() {
     let spec = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
-    let (facts, nodes, prices) = (facts(), [node(16 * GIB)], Prices::default());
-    let planned = |bytes: u64| {
-        let overruns = [Overrun { class: "cpu".to_owned(), bytes }];
+    let plans = |bytes: u64| {
         plan::choose(&Question {
             spec: &spec,
-            facts: &facts,
-            nodes: &nodes,
+            facts: &facts(),
+            nodes: &[node(16 * GIB)],
             quota: Quota::default(),
-            overruns: &overruns,
-            prices: &prices,
+            overruns: &[Overrun { class: "cpu".to_owned(), bytes }],
+            prices: &Prices::default(),
             scope: Scope::Runnable,
         })
     };
-    let (before, after) = (planned(0).chosen.unwrap(), planned(GIB).chosen.unwrap());
+    let before = plans(0).chosen.unwrap();
+    let after = plans(GIB).chosen.unwrap();
     assert!(after.cache.tokens < before.cache.tokens, "{before:?} {after:?}");
     assert!(after.memory.total() <= after.capacity);
     assert_ne!(after.hash, before.hash);
     // Where even the least cache has no room beside it, the refusal shows the whole sum.
-    let refused = planned(6 * GIB).refusal().unwrap();
+    let refused = plans(6 * GIB).refusal().unwrap();
     assert!(refused.1.contains("process 6.1 GiB"), "{refused:?}");
 }
 

@@ -16,12 +16,8 @@ fn with_card(memory_bytes: u64, product: &str, card_bytes: u64) -> NodeResources
         driver_bytes: GIB,
         used_bytes: 0,
     };
-    NodeResources {
-        gpus: Gpus::Card(card),
-        gpu_count: 1,
-        name: product.to_owned(),
-        ..node(memory_bytes)
-    }
+    let gpus = Gpus::Card(card);
+    NodeResources { gpus, gpu_count: 1, name: product.to_owned(), ..node(memory_bytes) }
 }
 
 fn plans(nodes: &[NodeResources]) -> Vec<Plan> {

@@ -28,7 +28,7 @@ pub struct Candidate<'a> {
     /// Bytes that one pod may use of each card: what is left of it; or what others leave of the node, or what the spec allows
     /// of that.
     pub capacity: u64,
-    /// What an engine of this class needed beyond its plan, once: it counts as part of the process from then on.
+    /// What of the capacity an engine of this class took beyond its plan, once, and is not planned with again.
     pub overrun: u64,
 }
 
@@ -75,8 +75,7 @@ pub fn candidates<'a>(question: &Question<'_>, machines: &'a [Machine]) -> Vec<C
         };
         let degrees = degrees(question, machine);
         let capacity = capacity(question, machine);
-        let of_class = |overrun: &&Overrun| overrun.class == machine.class;
-        let overrun = question.overruns.iter().find(of_class).map_or(0, |overrun| overrun.bytes);
+        let overrun = overrun(question, machine);
         for (preference, ability) in formats.iter().enumerate() {
             let degrees = degrees.iter().filter(|degree| {
                 question.scope == Scope::Everything || ability.runs_on(**degree) || **degree == 1
@@ -142,4 +141,9 @@ fn capacity(question: &Question<'_>, machine: &Machine) -> u64 {
             budget.min(machine.best.free_bytes())
         }
     }
+}
+
+fn overrun(question: &Question<'_>, machine: &Machine) -> u64 {
+    let of_class = |overrun: &&Overrun| overrun.class == machine.class;
+    question.overruns.iter().find(of_class).map_or(0, |overrun| overrun.bytes)
 }

@@ -129,7 +129,7 @@ struct Sizes<'a> {
     shard: Cow<'a, ModelFacts>,
     ability: Ability,
     limits: StepLimits,
-    /// What an engine of this class needed beyond its plan.
+    /// What engines on such a machine were found to need beside the sum: counted with the process.
     overrun: u64,
     /// Everything but KV.
     fixed: u64,
