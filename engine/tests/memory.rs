@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use plimsoll_contract::abilities::Dtype::F32;
 use plimsoll_contract::abilities::{Ability, Backend};
+use plimsoll_contract::exit::{ExitReason, ExitReport};
 use plimsoll_contract::memory::{self, BODIES_BYTES_MAX, StepLimits};
 use plimsoll_engine::model::Checkpoint;
 use safetensors::tensor::{Dtype, TensorView};
@@ -282,4 +283,52 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
         drop(process);
         std::fs::remove_dir_all(&dir).unwrap();
     }
+}
+
+/// How `serve` ended with at most `kib` of address space, and what it left as its termination message.
+fn ended(kib: &str, flags: &[&str]) -> (i32, ExitReport) {
+    let message = std::env::temp_dir().join(format!("plimsoll-ended-{}-{kib}", std::process::id()));
+    let output = Command::new("sh")
+        .args(["-c", r#"ulimit -v "$0" && exec "$@""#, kib, env!("CARGO_BIN_EXE_plimsoll-engine")])
+        .args(["serve", "--device=cpu", "--listen=127.0.0.1:0", "--termination-message-file"])
+        .arg(&message)
+        .arg("--model")
+        .arg(bundled())
+        .args(flags)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let report = std::fs::read(&message).unwrap_or_else(|error| panic!("{error}: {told}"));
+    std::fs::remove_file(&message).unwrap();
+    (output.status.code().unwrap(), serde_json::from_slice(&report).unwrap())
+}
+
+#[test]
+fn an_engine_without_enough_memory_reports_what_it_needed_and_what_there_was() {
+    let (code, report) = ended("unlimited", &["--memory-bytes=1048576", "--kv-tokens=64"]);
+    assert_eq!((code, report.reason), (10, ExitReason::DoesNotFit));
+    let memory = report.memory.unwrap();
+    assert_eq!(memory.available_bytes, MIB);
+    assert!(memory.needed_bytes > 40 * MIB, "the model alone takes as much: {memory:?}");
+
+    // The plan counted on 64 GiB, and the system gives 4: 12 GiB of KV do not come.
+    let flags = ["--memory-bytes=68719476736", "--kv-tokens=2000000"];
+    let (code, report) = ended("4194304", &flags);
+    assert_eq!((code, report.reason), (11, ExitReason::OutOfDeviceMemory), "{report:?}");
+    let memory = report.memory.unwrap();
+    assert_eq!(memory.available_bytes, 64 << 30);
+    assert!(memory.needed_bytes > 512 * MIB && memory.needed_bytes < 8 << 30, "{memory:?}");
+    assert!(report.message.contains("it held"), "{}", report.message);
+}
+
+#[test]
+fn the_metrics_show_the_peak_that_the_kernel_counted() {
+    let process = Process::serve(&bundled(), &["--kv-tokens=640"], None);
+    let mut socket = TcpStream::connect(&process.address).unwrap();
+    write!(socket, "GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").unwrap();
+    let text = std::io::read_to_string(socket).unwrap();
+    let line = text.lines().find(|line| line.starts_with("plimsoll_peak_memory_bytes{"));
+    let told: u64 = line.unwrap().rsplit(' ').next().unwrap().parse().unwrap();
+    let counted = process.memory("VmHWM") - process.memory("RssFile");
+    assert!(told.abs_diff(counted) < counted / 10, "{told} {counted}");
 }

@@ -319,6 +319,7 @@ async fn replan(
     let feasible = plan::feasible(&question);
     let choice = match (occasion.cause, occasion.before) {
         (PlanCause::BetterPlan, Some(before)) => lifecycle::better(&before.content.plan, &feasible)
+            .filter(|plan| plan::room_for(plan, &nodes) > 0)
             .map(|plan| lifecycle::Choice { plan, waits: Some(Reason::PlanNotPinned) }),
         _ => lifecycle::choose(&spec.plan, &feasible),
     };

@@ -40,7 +40,7 @@ pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
 pub use outcome::{Miss, PlanOutcome, Rejected, Unit, status};
 pub use prices::{DATE as PRICES_DATE, Prices};
 pub use quota::{Quota, quota};
-pub use room::{Update, room};
+pub use room::{Update, pods as room_for, room};
 
 /// Requests that run at once where the spec names no concurrency.
 pub const CONCURRENCY_DEFAULT: u32 = 32;

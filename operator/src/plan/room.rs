@@ -53,7 +53,8 @@ fn takes(plan: &Plan, node: &NodeResources) -> bool {
     }
 }
 
-fn pods(plan: &Plan, nodes: &[NodeResources]) -> u64 {
+/// How many pods of a plan the nodes have room for at the moment.
+pub fn pods(plan: &Plan, nodes: &[NodeResources]) -> u64 {
     let memory = match plan.device {
         Device::Cpu => plan.memory.total(),
         Device::Cuda { .. } => GPU_HOST_BYTES,

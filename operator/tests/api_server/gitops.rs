@@ -20,6 +20,7 @@ const DONE: Judgement = ["Current", "Current", "Healthy"];
 const FAILED: Judgement = ["Failed", "Failed", "Degraded"];
 /// kstatus takes an object that is not Ready for one on its way; the other two were told better.
 const ASLEEP: Judgement = ["InProgress", "Current", "Suspended"];
+const WAITING: Judgement = ["Failed", "Failed", "Suspended"];
 const AT_ZERO: Judgement = ["InProgress", "Current", "Healthy"];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -43,6 +44,11 @@ async fn argo_cd_29599_kserve_3973_every_state_has_its_health_and_none_is_progre
     change(&world, json!({"contextTokens": null})).await;
     world.condition("assistant", "Ready", "True", "Serving").await;
     judged(&world, "back again", DONE).await;
+    change(&world, json!({"plan": {"apply": "Manual"}, "contextTokens": 512})).await;
+    world.condition("assistant", "Stalled", "True", "PlanNotPinned").await;
+    judged(&world, "a plan waits", WAITING).await;
+    change(&world, json!({"plan": null, "contextTokens": null})).await;
+    world.condition("assistant", "Ready", "True", "Serving").await;
     change(&world, json!({"suspend": true})).await;
     world.condition("assistant", "Ready", "False", "Suspended").await;
     judged(&world, "suspended", ASLEEP).await;

@@ -295,9 +295,9 @@ async fn an_engine_killed_at_its_limit_gets_a_higher_one_and_with_manual_once_so
     world.eventually("assistant", "another limit", higher).await;
 }
 
-/// kserve#5353: a field that the controller filled in was a drift for ever in the eyes of Argo CD.
+/// kserve#5353 again: what a controller writes into a spec is a drift for ever in the eyes of Argo CD.
 #[tokio::test(flavor = "multi_thread")]
-async fn kserve_5353_a_manifest_that_is_applied_again_and_again_never_differs_from_what_is_there() {
+async fn kserve_5353_a_committed_pin_is_no_drift() {
     let Some(world) = World::new("gitops").await else { return };
     let _operator = world.operator(&[]);
     let plan = json!({"apply": "Manual"});

@@ -21,7 +21,9 @@ if obj.status.observedGeneration ~= obj.metadata.generation then
   health.message = "Its last change has not been seen yet"
   return health
 end
-if held["Stalled"] ~= nil and held["Stalled"].status == "True" then
+if ready ~= nil and (ready.reason == "PlanNotPinned" or ready.reason == "PinnedPlanGone") then
+  health.status = "Suspended"
+elseif held["Stalled"] ~= nil and held["Stalled"].status == "True" then
   health.status = "Degraded"
 elseif ready ~= nil and ready.status == "True" then
   health.status = "Healthy"
