@@ -73,9 +73,13 @@ pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
 /// Columns and rows of stored matrices come in panels of this many.
 const PANEL: u64 = 64;
 
-/// The width at which the CUDA kernels keep a head: 64 or 128 (wider ones they refuse).
+/// The width at which the CUDA kernels keep a head of at most 256, which is the widest there is.
 pub fn cuda_head_width(head_dim: u32) -> u64 {
-    u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
+    match head_dim {
+        0..=64 => 64,
+        65..=128 => 128,
+        _ => 256,
+    }
 }
 
 fn cuda_parameters(facts: &ModelFacts) -> u64 {
@@ -160,5 +164,18 @@ pub fn plan(
         process: process_bytes(facts, ability.backend),
         kv: kv_bytes(facts, ability, kv_tokens),
         kv_tokens,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_kept_as_wide_as_the_next_kernel_is() {
+        let kept = [(2, 64), (64, 64), (66, 128), (96, 128), (128, 128), (130, 256), (192, 256)];
+        for (head_dim, width) in kept.into_iter().chain([(256, 256)]) {
+            assert_eq!(cuda_head_width(head_dim), width, "{head_dim}");
+        }
     }
 }

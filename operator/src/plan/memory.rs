@@ -1,7 +1,7 @@
 //! Does a candidate fit, and how much KV cache has room beside it? Pure; the sum is the contract's, which the engine
 //! computes again before it loads.
 
-use plimsoll_contract::abilities::{Backend, CUDA_HEAD_DIM_MAX, PAGE_TOKENS};
+use plimsoll_contract::abilities::{Backend, PAGE_TOKENS};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_contract::memory::{self, MemoryPlan, StepLimits};
 use plimsoll_crds::Reason;
@@ -140,21 +140,16 @@ fn refuse_what_memory_cannot_mend(
         return Err((Reason::DoesNotFit, why));
     }
     if candidate.ability.backend == Backend::Cuda {
-        refuse_what_a_card_cannot_mend(spec, facts, candidate)?;
+        refuse_a_host_too_small_for_a_card(spec, candidate)?;
     }
     Ok(())
 }
 
-/// A card does not help where the kernels do not take the model, or where the host beside it is too small.
-fn refuse_what_a_card_cannot_mend(
+/// A card does not help where the host beside it is too small.
+fn refuse_a_host_too_small_for_a_card(
     spec: &Spec,
-    facts: &ModelFacts,
     candidate: &Candidate,
 ) -> Result<(), (Reason, String)> {
-    if facts.head_dim > CUDA_HEAD_DIM_MAX {
-        let why = explain::heads_too_wide(facts.head_dim, CUDA_HEAD_DIM_MAX);
-        return Err((Reason::UnsupportedModel, why));
-    }
     let host = &candidate.machine.best;
     let left = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(host.free_bytes());
     if left < GPU_HOST_BYTES {

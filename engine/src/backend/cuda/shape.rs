@@ -2,12 +2,10 @@
 //! is allocated. Pure. What is allocated is exactly what stands here.
 
 use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
+use plimsoll_contract::memory::cuda_head_width;
 use plimsoll_kernels::layout::{PANEL, ROWS_UNIT, TILE_ROWS};
 
 use crate::model::{LoadError, Plan};
-
-/// The widths that the attention kernels know; a narrower head is padded with zeros.
-const HEADS_STORED: [usize; 2] = [64, 128];
 
 /// A model as the device stores it. All layers are alike but for their windows.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +15,7 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// As wide as an attention kernel is; what a head does not fill is zeros.
     pub head_stored: usize,
     pub intermediate: usize,
     pub vocabulary: usize,
@@ -59,31 +58,14 @@ impl Shape {
                 && layer.mlp == plan.layers[0].mlp
         });
         assert!(alike, "the families that are described have layers of one shape");
-        let refuse = |field: &str, found: String, expected: &str| LoadError::UnsupportedModel {
-            file: "config.json".into(),
-            field: field.into(),
-            found,
-            expected: expected.into(),
-            remedy: "serve it with --device cpu".into(),
-        };
-        let head_stored = HEADS_STORED.into_iter().find(|&stored| attention.head_dim <= stored);
-        let head_stored = head_stored.ok_or_else(|| {
-            let found = attention.head_dim.to_string();
-            refuse("head_dim", found, "the CUDA kernels take heads of at most 128")
-        })?;
-        let group = attention.heads / attention.kv_heads;
-        if group > GROUP_MAX {
-            let expected = "the CUDA kernels take at most 16 query heads per KV head";
-            return Err(refuse(
-                "num_attention_heads / num_key_value_heads",
-                group.to_string(),
-                expected,
-            ));
-        }
         if !plan.hidden.is_multiple_of(8) || !plan.layers[0].mlp.intermediate.is_multiple_of(8) {
-            let found = format!("{} and {}", plan.hidden, plan.layers[0].mlp.intermediate);
-            let expected = "the CUDA kernels take multiples of 8";
-            return Err(refuse("hidden_size and intermediate_size", found, expected));
+            return Err(LoadError::UnsupportedModel {
+                file: "config.json".into(),
+                field: "hidden_size and intermediate_size".into(),
+                found: format!("{} and {}", plan.hidden, plan.layers[0].mlp.intermediate),
+                expected: "the CUDA kernels take multiples of 8".into(),
+                remedy: "serve it with --device cpu".into(),
+            });
         }
         Ok(Shape {
             layers: plan.layers.len(),
@@ -91,7 +73,7 @@ impl Shape {
             heads: attention.heads,
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
-            head_stored,
+            head_stored: cuda_head_width(attention.head_dim as u32) as usize,
             intermediate: plan.layers[0].mlp.intermediate,
             vocabulary: plan.vocabulary,
             windows: plan.layers.iter().map(|l| l.attention.sight.window.unwrap_or(0)).collect(),
@@ -147,9 +129,6 @@ impl Shape {
     }
 }
 
-/// Query heads that share a KV head: the rows of one matrix fragment.
-const GROUP_MAX: usize = 16;
-
 /// What a step may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StepShape {
@@ -172,5 +151,44 @@ impl StepShape {
     /// Entries of a sequence's block table.
     pub fn table_width(&self) -> usize {
         self.context_tokens.div_ceil(PAGE_TOKENS as usize).next_multiple_of(4)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::Config;
+
+    fn shape(fields: &[(&str, usize)]) -> Result<Shape, LoadError> {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": 64, "intermediate_size": 136, "num_hidden_layers": 2,
+            "num_attention_heads": 40, "num_key_value_heads": 1, "vocab_size": 384,
+            "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+        });
+        for (name, value) in fields {
+            config[*name] = json!(value);
+        }
+        Shape::new(&Plan::new(&Config::parse(&config).unwrap()))
+    }
+
+    #[test]
+    fn heads_are_padded_to_a_kernels_width_and_any_number_of_them_shares_a_kv_head() {
+        for (head_dim, stored) in [(16, 64), (64, 64), (96, 128), (192, 256), (256, 256)] {
+            let shape = shape(&[("head_dim", head_dim)]).unwrap();
+            assert_eq!((shape.head_dim, shape.head_stored), (head_dim, stored));
+            assert_eq!(shape.qkv(), MatrixShape { rows: 42 * stored, columns: 64 });
+            assert_eq!(shape.output(), MatrixShape { rows: 64, columns: 40 * stored });
+            assert_eq!(shape.page_elements(), 2 * 64 * stored);
+        }
+    }
+
+    #[test]
+    fn a_width_that_no_copy_of_sixteen_bytes_fits_is_refused_with_the_remedy() {
+        let refused = shape(&[("head_dim", 64), ("intermediate_size", 140)]).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.contains("64 and 140") && said.contains("--device cpu"), "{said}");
     }
 }
