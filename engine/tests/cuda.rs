@@ -13,6 +13,7 @@ use plimsoll_engine::backend::cuda::{CudaBackend, CudaOptions, Source};
 use plimsoll_engine::batch::*;
 use plimsoll_engine::model::Checkpoint;
 use plimsoll_kernels::device::{Device, DeviceError};
+use serde_json::json;
 use support::*;
 
 /// What bf16 may cost, over a sequence: the mean and the 99th percentile of |Δlogprob|, and what the most likely token
@@ -222,6 +223,66 @@ fn the_cpu_and_the_card_agree_on_every_family() {
         let cpu = backend(&open(&golden_dir(case)), Dtype::F32, 40);
         let want = plain(&mut Driver::new(cpu), &sequence);
         within_the_gate(case, &plain(&mut card.driver(case), &sequence), &want);
+    }
+}
+
+/// Shapes that no golden has: heads wider than 128, and more than sixteen that share a KV head.
+fn uncommon() -> [(&'static str, serde_json::Value); 5] {
+    let llama = |head_dim: usize, heads: usize, kv_heads: usize| {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+            "vocab_size": 384, "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        })
+    };
+    let like = |model_type: &str, architecture: &str, mut config: serde_json::Value| {
+        config["model_type"] = json!(model_type);
+        config["architectures"] = json!([architecture]);
+        config
+    };
+    let mut window = like("mistral", "MistralForCausalLM", llama(256, 18, 1));
+    window["sliding_window"] = json!(50);
+    [
+        ("heads of 256", llama(256, 4, 2)),
+        ("normed heads of 192", like("qwen3", "Qwen3ForCausalLM", llama(192, 6, 2))),
+        ("24 heads to a KV head", llama(64, 48, 2)),
+        ("33 heads to a KV head", llama(32, 33, 1)),
+        ("18 heads of 256 with a window", window),
+    ]
+}
+
+#[test]
+fn the_cpu_and_the_card_agree_on_wide_heads_and_on_many_that_share_a_kv_head() {
+    let Some(card) = card() else { return };
+    let mut dice = Dice(11);
+    let tokens: Vec<TokenId> = (0..260).map(|_| dice.below(384) as TokenId).collect();
+    let sequence = Sequence::new(0, &tokens, 3);
+    for (name, config) in uncommon() {
+        let scratch = Scratch::new("uncommon");
+        random_checkpoint(&scratch.0, &config, 5);
+        for file in safetensors_files(&scratch.0) {
+            // As bf16 keeps them, so that both backends have the same weights.
+            edit_tensors(&file, |_, bytes| {
+                bytes.chunks_exact_mut(4).for_each(|value| value[..2].fill(0));
+            });
+        }
+        let checkpoint = open(&scratch.0);
+        let want = plain(&mut Driver::new(backend(&checkpoint, Dtype::F32, 40)), &sequence);
+        for portable in [false, true] {
+            let load =
+                || Driver::new(card.load(&checkpoint, CudaOptions { portable, ..options() }));
+            let ways: [(&str, Vec<f64>); 4] = [
+                ("whole", plain(&mut load(), &sequence)),
+                ("in chunks", in_chunks(&mut load(), &sequence, 1)),
+                ("one at a time", one_at_a_time(&mut load(), &sequence)),
+                ("in company", in_company(&mut load(), &sequence)),
+            ];
+            for (way, got) in ways {
+                within_the_gate(&format!("{name}, {way}, portable {portable}"), &got, &want);
+            }
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 // What the attention kernels share: their parameter, and where keys and values lie.
 //
 // A layer's pages: [page][K|V][kv_head][head_dim / 64][64 tokens][64], each panel swizzled by token % 8 (common.cuh).
-// head_dim is 64 or 128 as stored; a narrower head is padded with zeros (its pairs for RoPE stay half of the stored
+// head_dim is 64, 128 or 256 as stored; a narrower head is padded with zeros (its pairs for RoPE stay half of the stored
 // width apart), and `head_width` is its real width, which only the query and key norm need.
 //
 // qkv: [rows][(heads + 2 kv_heads) * head_dim] in bf16: a product's output, biases added, before norm and RoPE.
@@ -54,9 +54,9 @@ struct AttentionArguments {
     int settled;            // decode: 1 if `rows`, `tables` and what earlier steps wrote to pages are complete before this
                             // kernel can start, as in every layer of a chain but its first: attention starts its successor
                             // only after its own wait, so what came before one attention is complete at the next
-    float* partials;        // decode: [count][kv_heads] of sums [splits][group][head_dim], then maximum and sum of
-                            // exponentials [splits][group][2]
-    int* counters;          // decode: [count * kv_heads], zero before and after
+    float* partials;        // decode: [count][kv_heads * runs of at most 16 query heads] of sums [splits][16 or
+                            // fewer][head_dim], then maximum and sum of exponentials [splits][16 or fewer][2], in whole quads
+    int* counters;          // decode: [count * kv_heads * runs], zero before and after
 };
 
 // 2^x; minus infinity gives 0.

@@ -1,19 +1,20 @@
 // Attention of one new token of each sequence over the keys and values in its pages, with norm and RoPE of its query
 // and key before, and the write of its key and value.
 //
-// Grid (kv_heads, count, splits): a block takes one KV head of one row, and an even share of the pages that the row
-// sees. Only as many splits work as there are pages; the others leave at once. 128 threads compute: warp w takes tokens
+// Grid (kv_heads * runs, count, splits): a block takes one KV head of one row, a run of at most 16 of the query heads that
+// share it, and an even share of the pages that the row sees. Only as many splits work as there are pages; the others
+// leave at once. 128 threads compute: warp w takes tokens
 // 16w.. of every page, with its own maximum and sums, so warps meet only at the end. On sm_90 a fifth warp fetches
 // pages (two contiguous copies each) into a ring of `stages` pages; elsewhere each warp fetches its own tokens by
 // cp.async, and never waits for another.
-// The group's query heads (1..16) are the 16 rows of mma.sync's A; S and the sums of P V stay in registers.
+// The run's query heads ("group" below) are the 16 rows of mma.sync's A; S and the sums of P V stay in registers.
 //
 // Shared memory: ring [stages][K|V][kDim / 64][64][64] bf16, reused for sums of the warps [4][group][kDim + 8] f32;
 // sums of the cluster's splits [cluster][group][kDim + 2] f32, query [kDim / 64][16][64], new key and value [K|V][kDim], barriers.
 // Splits of a cluster send their sums into the first one's shared memory; otherwise they go through `partials` to the
 // block that arrives last. Both add in the order of the splits.
 //
-// Moves 4 * kDim bytes per position and KV head, once. Expected: 90 % of the card's read bandwidth from some 100 MB on;
+// Moves 4 * kDim bytes per position and KV head, once per run. Expected: 90 % of the card's read bandwidth from some 100 MB on;
 // below that the latency of about five dependent steps, 2 to 3 us.
 
 #include "attention.cuh"
@@ -157,10 +158,11 @@ __device__ __forceinline__ void attend(uint32_t queries, const uint32_t (&keys)[
 template <int kDim>
 __device__ __forceinline__ void place_new(char* keys, char* values, const bf16* fresh, int at, int lane) {
     constexpr int kPieces = kDim / 8;
-    if (lane < 2 * kPieces) {
-        const int column = lane % kPieces * 8;
+#pragma unroll
+    for (int piece = lane; piece < 2 * kPieces; piece += 32) {
+        const int column = piece % kPieces * 8;
         const int place = column / 64 * (kPageTokens * kPanelRowBytes) + 2 * in_panel(at, column % 64);
-        *reinterpret_cast<uint4*>((lane < kPieces ? keys : values) + place) = *reinterpret_cast<const uint4*>(fresh + lane * 8);
+        *reinterpret_cast<uint4*>((piece < kPieces ? keys : values) + place) = *reinterpret_cast<const uint4*>(fresh + piece * 8);
     }
     __syncwarp();
 }
@@ -197,7 +199,14 @@ template <int kDim>
 __device__ __forceinline__ void decode(const AttentionArguments& a) {
     using L = Layout<kDim>;
     extern __shared__ __align__(1024) char shared[];
-    const int group = a.heads / a.kv_heads;
+    // Of the query heads that share a KV head, this block's run.
+    const int sharing = a.heads / a.kv_heads;
+    int kv_head = blockIdx.x, run = 0;
+    if (sharing > kRows) {
+        const int runs = (sharing + kRows - 1) / kRows;
+        run = kv_head % runs, kv_head /= runs;
+    }
+    const int group = min(sharing - run * kRows, kRows);
     char* ring = shared;
     float* merge = reinterpret_cast<float*>(ring);                              // [kWarps][group][kSumStride], after the pages
     float* warp_maximum = reinterpret_cast<float*>(ring + max(a.stages * L::kStageBytes, kWarps * group * L::kSumStride * 4));  // [kWarps][16]
@@ -210,7 +219,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
     [[maybe_unused]] float* cluster_sums = reinterpret_cast<float*>(last_arrived + 8 + 8 * a.stages);
 
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int kv_head = blockIdx.x, row = a.first_row + blockIdx.y, split = blockIdx.z;
+    const int row = a.first_row + blockIdx.y, split = blockIdx.z, first_head = kv_head * sharing + run * kRows;
 
 #if __CUDA_ARCH__ >= 900
     const int depth = cluster_depth();
@@ -316,7 +325,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
         for (int base = 0; base < vectors; base += kAtOnce) {
             const int vector = base + of_block;
             if (base + warp * (32 / kLanes) >= vectors) break;  // nothing for this warp
-            int column = kv_head * group;
+            int column = first_head;
             if (vector < group) column += vector;
             else if (vector < vectors) column = a.heads + kv_head + (vector - group) * a.kv_heads;
             HeadVector<kDim> x;
@@ -339,6 +348,8 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
                     const int which = vector - group;
                     bf16* page = head_of_page<kDim>(a, new_page, which, kv_head);
                     *reinterpret_cast<uint4*>(fresh + which * kDim + d) = x.packed(half);
+                    // One run writes for all.
+                    if (run > 0) continue;
                     *reinterpret_cast<uint4*>(page + d / 64 * (kPageTokens * 64) + in_panel(position % kPageTokens, d % 64)) = x.packed(half);
                 }
             }
@@ -353,6 +364,8 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
     int stage = 0;
     [[maybe_unused]] int lap = 0;
 #if __CUDA_ARCH__ >= 900
+    // Whether a ring of so many stages fits into a processor at all.
+    constexpr bool kTakesTwo = kStagesForTwo * L::kStageBytes <= 227 * 1024;
     const auto wait_for_page = [&]() {
         barrier_wait(ring_barriers + 32 * stage, lap & 1);
         barrier_wait(ring_barriers + 32 * stage + 8, lap & 1);
@@ -366,7 +379,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
         wait_for_page();
         const int stage_before = stage;
         // Two pages at once where the row sees all of both, and the ring is deep enough to go on filling meanwhile.
-        if (page * kPageTokens >= first && page + 1 < min(page_end, position / kPageTokens) && a.stages >= kStagesForTwo) {
+        if (kTakesTwo && page * kPageTokens >= first && page + 1 < min(page_end, position / kPageTokens) && a.stages >= kStagesForTwo) {
             if (++stage == a.stages) stage = 0, ++lap;
             wait_for_page();
             const uint32_t keys[2] = {own_ring + stage_before * L::kStageBytes, own_ring + stage * L::kStageBytes};
@@ -434,9 +447,10 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
     const bool in_cluster = false;
 #endif
     const int quads = group * (kDim / 4);
-    const int of_launch = blockIdx.y * a.kv_heads + kv_head;
-    float* partial = a.partials + static_cast<int64_t>(of_launch) * a.splits * (group * (kDim + 2));  // [splits][group][kDim]
-    float* partial_states = partial + a.splits * group * kDim;                                         // [splits][group][2]
+    const int of_launch = blockIdx.y * gridDim.x + blockIdx.x;
+    const int quads_of_block = (a.splits * min(sharing, kRows) * (kDim + 2) + 3) / 4;  // so that all begin on 16 bytes
+    float* partial = a.partials + static_cast<int64_t>(of_launch) * quads_of_block * 4;  // [splits][group][kDim]
+    float* partial_states = partial + a.splits * group * kDim;                           // [splits][group][2]
     for (int i = thread; i < quads; i += kThreads) {
         const int head = i / (kDim / 4), d = i % (kDim / 4) * 4;
         float maximum = warp_maximum[head];
@@ -451,7 +465,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
             sum += weight * warp_sum[w * kRows + head];
         }
         if (splits == 1) {
-            store_out(a, row, (kv_head * group + head) * kDim + d, x, 1.0f / sum);
+            store_out(a, row, (first_head + head) * kDim + d, x, 1.0f / sum);
         } else if (in_cluster) {
 #if __CUDA_ARCH__ >= 900
             const uint32_t merged = shared_of(barriers, 0), to = shared_of(shared_address(cluster_sums), 0);
@@ -484,7 +498,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
                 sum += weight * state[s * group].y;
                 add(x, weight, theirs[s * group * (kDim / 4)]);
             }
-            store_out(a, row, (kv_head * group + head) * kDim + d, x, 1.0f / sum);
+            store_out(a, row, (first_head + head) * kDim + d, x, 1.0f / sum);
         }
         return;
     }
@@ -523,7 +537,7 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
 #pragma unroll
             for (int s = 0; s < 8; ++s) add(x, weights[head * 32 + base + s], theirs[s]);
         }
-        store_out(a, row, (kv_head * group + head) * kDim + d, x, 1.0f);
+        store_out(a, row, (first_head + head) * kDim + d, x, 1.0f);
     }
 }
 
@@ -531,3 +545,4 @@ __device__ __forceinline__ void decode(const AttentionArguments& a) {
 
 extern "C" __global__ void __launch_bounds__(160, 3) attention_decode_64(const __grid_constant__ AttentionArguments a) { decode<64>(a); }
 extern "C" __global__ void __launch_bounds__(160, 2) attention_decode_128(const __grid_constant__ AttentionArguments a) { decode<128>(a); }
+extern "C" __global__ void __launch_bounds__(160, 1) attention_decode_256(const __grid_constant__ AttentionArguments a) { decode<256>(a); }

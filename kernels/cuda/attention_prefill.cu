@@ -5,12 +5,13 @@
 // queries and keys twice. Expected: 80 % of the card's copy bandwidth from some thousand rows on. The last row of a run
 // also sets the values behind it in its page to zeros: weights there are zero, and a recycled page may hold NaN.
 //
-// attention_prefill_*: causal attention of spans of at most 128 rows over the pages, on any card from sm_80
-// (attention_hopper.cu does the same for Hopper). Grid (heads, span_count), 256 threads: a warp takes 16 rows of one
-// head, whose queries stay in registers; keys and values of a page come by cp.async into two stages. S and O by
-// mma.sync, softmax in registers. Pages come in ascending order and masked ones change nothing, so a row's bits do not
-// depend on how its prompt was cut. Bound by matrix products: expected 60 % of mma.sync's peak.
-// Shared memory: [2 stages][K|V][kDim / 64][64][64] bf16; the queries pass through the second stage.
+// attention_prefill_*: causal attention of spans of at most 128 rows (64 where heads are wider than 128) over the pages,
+// on any card from sm_80 (attention_hopper.cu does the same for Hopper and heads of up to 128). Grid (heads, span_count),
+// two threads a row: a warp takes 16 rows of one head; keys and values of a page come by cp.async. S and O by mma.sync,
+// softmax in registers. Pages come in ascending order and masked ones change nothing, so a row's bits do not depend on
+// how its prompt was cut. Bound by matrix products: expected 60 % of mma.sync's peak, of wide heads 40 %.
+// Shared memory: [2 stages][K|V][kDim / 64][64][64] bf16, and the queries pass through the second stage into registers;
+// of wide heads [K|V][kDim / 64][64][64] and the queries [kDim / 64][64][64], 96 KB, which every card from sm_80 grants.
 
 #include "attention.cuh"
 
@@ -74,100 +75,86 @@ __device__ __forceinline__ void rope_kv(const AttentionArguments& a) {
     }
 }
 
-constexpr int kRows = 128;
-constexpr int kThreads = 256;
+// How a block cuts its work. Heads of up to 128 leave room for a warp's queries in its registers and for two stages of
+// pages in shared memory; of wider ones the queries stay in shared memory, behind a single stage.
+template <int kDim>
+struct Cut {
+    static constexpr bool kQueriesHeld = kDim <= 128;
+    static constexpr int kRows = kQueriesHeld ? 128 : 64;
+    static constexpr int kThreads = 2 * kRows;
+    static constexpr int kHalfBytes = kPageTokens * kDim * 2;  // keys or values of a page
+    static constexpr int kStageBytes = 2 * kHalfBytes;
+    static_assert(kRows * kDim * 2 <= kStageBytes, "the queries pass through a stage, or lie behind the only one");
+};
 constexpr int kPanelBytes = kPageTokens * kPanelRowBytes;
 
-// Keys and values of a page, by all threads.
+// Keys (half 0) or values of a page, by all threads.
 template <int kDim>
-__device__ __forceinline__ void fetch_page(const AttentionArguments& a, int page, int kv_head, uint32_t to) {
-    constexpr int kPieces = kPageTokens * kDim / 8;  // of 16 bytes
+__device__ __forceinline__ void fetch_half(const AttentionArguments& a, int page, int half, int kv_head, uint32_t to) {
+    constexpr int kThreads = Cut<kDim>::kThreads;
+    const bf16* from = head_of_page<kDim>(a, page, half, kv_head);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const bf16* from = head_of_page<kDim>(a, page, half, kv_head);
-#pragma unroll
-        for (int i = 0; i < kPieces / kThreads; ++i) {
-            const int piece = i * kThreads + threadIdx.x;
-            copy_16(to + (half * kPieces + piece) * 16, from + piece * 8);
-        }
+    for (int i = 0; i < kPageTokens * kDim / 8 / kThreads; ++i) {
+        const int piece = i * kThreads + threadIdx.x;
+        copy_16(to + piece * 16, from + piece * 8);
     }
 }
 
+// The queries of a span's rows with one head. Rows past the end repeat the last one; nothing of them is written.
 template <int kDim>
-__device__ __forceinline__ void prefill(const AttentionArguments& a) {
-    constexpr int kStageBytes = 2 * kPageTokens * kDim * 2;
-    static_assert(kRows * kDim * 2 <= kStageBytes, "the queries pass through one stage");
-    extern __shared__ __align__(1024) char dynamic[];
-    const uint32_t shared = shared_address(dynamic);
-    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    const int head = blockIdx.x, kv_head = head / (a.heads / a.kv_heads);
-    wait_for_predecessor();
-    let_successor_start();
-    const Span span = a.spans[blockIdx.y];
-    const int last = span.position + span.rows - 1;
-    const int first = a.window > 0 ? max(0, span.position + 1 - a.window) : 0;
-    const int page_begin = first / kPageTokens, page_end = last / kPageTokens + 1;
-    const int* table = a.tables + static_cast<int64_t>(span.slot) * a.table_stride;
-
-    // Rows past the end repeat the last one; nothing of them is written.
-    for (int i = thread; i < kRows * kDim / 8; i += kThreads) {
+__device__ __forceinline__ void fetch_queries(const AttentionArguments& a, const Span& span, int head, uint32_t to) {
+    constexpr int kRows = Cut<kDim>::kRows;
+    for (int i = threadIdx.x; i < kRows * kDim / 8; i += Cut<kDim>::kThreads) {
         const int row = i / (kDim / 8), d = i % (kDim / 8) * 8;
         const int source = span.first + min(row, span.rows - 1);
-        copy_16(shared + kStageBytes + d / 64 * (kRows * kPanelRowBytes) + 2 * in_panel(row, d % 64),
+        copy_16(to + d / 64 * (kRows * kPanelRowBytes) + 2 * in_panel(row, d % 64),
                 a.qkv + static_cast<int64_t>(source) * a.qkv_stride + head * kDim + d);
     }
-    copies_commit();
-    fetch_page<kDim>(a, table[page_begin], kv_head, shared);
-    copies_commit();
-    copies_wait<1>();
-    __syncthreads();
-    uint32_t query[kDim / 16][4];
-    {
-        const uint32_t at = shared + kStageBytes + (warp * 16 + lane % 8 + lane / 8 % 2 * 8) * kPanelRowBytes;
+}
+
+// Sixteen rows of a warp with one head: a page's keys become scores, these weights, and those its values' share of O.
+template <int kDim>
+struct Sixteen {
+    static constexpr int kTiles = kPageTokens / 8;
+
+    const int lane, window;
+    const float scale;
+    const int own_first;  // the position of the first row
+    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
+    float o[kDim / 8][4] = {};
+
+    // Where this lane's address for a step's queries begins, and its piece there.
+    __device__ __forceinline__ uint32_t query_row(uint32_t queries, int warp) const {
+        return queries + (warp * 16 + lane % 8 + lane / 8 % 2 * 8) * kPanelRowBytes;
+    }
+    __device__ __forceinline__ void load_query(uint32_t (&query)[4], uint32_t row, int step) const {
         const int piece = (lane / 16) ^ (lane % 8);
+        load_matrices(query, row + step / 4 * (Cut<kDim>::kRows * kPanelRowBytes) + ((piece ^ (step % 4 * 2)) << 4));
+    }
+
+    // S = Q K^T of one step of sixteen dimensions.
+    __device__ __forceinline__ void add_scores(float (&s)[kTiles][4], const uint32_t (&query)[4], uint32_t keys, int step) const {
+        const uint32_t row = keys + (lane % 8 + lane / 16 * 8) * kPanelRowBytes;
+        const int piece = (lane / 8 % 2) ^ (lane % 8);
 #pragma unroll
-        for (int step = 0; step < kDim / 16; ++step) {
-            load_matrices(query[step], at + step / 4 * (kRows * kPanelRowBytes) + ((piece ^ (step % 4 * 2)) << 4));
+        for (int tile = 0; tile < kPageTokens / 16; ++tile) {
+            uint32_t k[4];
+            load_matrices(k, row + step / 4 * kPanelBytes + tile * (16 * kPanelRowBytes) + ((piece ^ (step % 4 * 2)) << 4));
+            mma_16x8x16(s[2 * tile], query, k[0], k[1]);
+            mma_16x8x16(s[2 * tile + 1], query, k[2], k[3]);
         }
     }
 
-    const float scale = a.scale * 1.4426950408889634f;
-    const int own_first = span.position + warp * 16;     // the positions of this warp's rows
-    const int position = own_first + lane / 4;
-    float maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
-    float o[kDim / 8][4] = {};
-    for (int page = page_begin; page < page_end; ++page) {
-        const uint32_t stage = shared + (page - page_begin) % 2 * kStageBytes;
-        copies_wait<0>();
-        __syncthreads();
-        if (page + 1 < page_end) {
-            fetch_page<kDim>(a, table[page + 1], kv_head, shared + (page + 1 - page_begin) % 2 * kStageBytes);
-            copies_commit();
-        }
-        const int token = page * kPageTokens;
-        if (token > own_first + 15) continue;  // only later rows see it
-        float s[kPageTokens / 8][4] = {};
-        {
-            const uint32_t row = stage + (lane % 8 + lane / 16 * 8) * kPanelRowBytes;
-            const int piece = (lane / 8 % 2) ^ (lane % 8);
+    // Scores of the page whose first token is `token` become weights.
+    __device__ __forceinline__ void soften(float (&s)[kTiles][4], int token) {
+        if (token + kPageTokens - 1 > own_first || (window > 0 && token <= own_first + 15 - window)) {
+            const int position = own_first + lane / 4;
 #pragma unroll
-            for (int step = 0; step < kDim / 16; ++step) {
-#pragma unroll
-                for (int tile = 0; tile < kPageTokens / 16; ++tile) {
-                    uint32_t k[4];
-                    load_matrices(k, row + step / 4 * kPanelBytes + tile * (16 * kPanelRowBytes) + ((piece ^ (step % 4 * 2)) << 4));
-                    mma_16x8x16(s[2 * tile], query[step], k[0], k[1]);
-                    mma_16x8x16(s[2 * tile + 1], query[step], k[2], k[3]);
-                }
-            }
-        }
-        if (token + kPageTokens - 1 > own_first || (a.window > 0 && token <= own_first + 15 - a.window)) {
-#pragma unroll
-            for (int tile = 0; tile < kPageTokens / 8; ++tile) {
+            for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int at = token + 8 * tile + 2 * (lane % 4) + i % 2, row = position + i / 2 * 8;
-                    if (at > row || (a.window > 0 && at <= row - a.window)) s[tile][i] = -INFINITY;
+                    if (at > row || (window > 0 && at <= row - window)) s[tile][i] = -INFINITY;
                 }
             }
         }
@@ -176,7 +163,7 @@ __device__ __forceinline__ void prefill(const AttentionArguments& a) {
         for (int half = 0; half < 2; ++half) {
             float top = s[0][2 * half];
 #pragma unroll
-            for (int tile = 0; tile < kPageTokens / 8; ++tile) top = fmaxf(top, fmaxf(s[tile][2 * half], s[tile][2 * half + 1]));
+            for (int tile = 0; tile < kTiles; ++tile) top = fmaxf(top, fmaxf(s[tile][2 * half], s[tile][2 * half + 1]));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
             top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2)) * scale;
             factor[half] = 1.0f;
@@ -187,7 +174,7 @@ __device__ __forceinline__ void prefill(const AttentionArguments& a) {
             const float from = maximum[half] == -INFINITY ? 0.0f : -maximum[half];
             float total = 0.0f;
 #pragma unroll
-            for (int tile = 0; tile < kPageTokens / 8; ++tile) {
+            for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float& x = s[tile][2 * half + i];
@@ -205,7 +192,11 @@ __device__ __forceinline__ void prefill(const AttentionArguments& a) {
                 o[i][2] *= factor[1], o[i][3] *= factor[1];
             }
         }
-        const uint32_t row = stage + kStageBytes / 2 + (lane % 8 + lane / 8 % 2 * 8) * kPanelRowBytes;
+    }
+
+    // O += P V.
+    __device__ __forceinline__ void add_values(const float (&s)[kTiles][4], uint32_t values) {
+        const uint32_t row = values + (lane % 8 + lane / 8 % 2 * 8) * kPanelRowBytes;
         const int piece = (lane / 16) ^ (lane % 8);
 #pragma unroll
         for (int tile = 0; tile < kPageTokens / 16; ++tile) {
@@ -220,25 +211,130 @@ __device__ __forceinline__ void prefill(const AttentionArguments& a) {
             }
         }
     }
+
+    __device__ __forceinline__ void store(const AttentionArguments& a, const Span& span, int head, int warp) const {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float all = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
-        all += __shfl_xor_sync(0xffffffffu, all, 2);
-        const float inverse = 1.0f / all;
-        const int of_span = warp * 16 + lane / 4 + 8 * half;
-        if (of_span >= span.rows) continue;
+        for (int half = 0; half < 2; ++half) {
+            float all = sum[half] + __shfl_xor_sync(0xffffffffu, sum[half], 1);
+            all += __shfl_xor_sync(0xffffffffu, all, 2);
+            const float inverse = 1.0f / all;
+            const int of_span = warp * 16 + lane / 4 + 8 * half;
+            if (of_span >= span.rows) continue;
 #pragma unroll
-        for (int i = 0; i < kDim / 8; ++i) {
-            const int column = head * kDim + 8 * i + 2 * (lane % 4);
-            *reinterpret_cast<uint32_t*>(a.out + in_activations(span.first + of_span, column, a.rows_max)) =
-                pack(o[i][2 * half] * inverse, o[i][2 * half + 1] * inverse);
+            for (int i = 0; i < kDim / 8; ++i) {
+                const int column = head * kDim + 8 * i + 2 * (lane % 4);
+                *reinterpret_cast<uint32_t*>(a.out + in_activations(span.first + of_span, column, a.rows_max)) =
+                    pack(o[i][2 * half] * inverse, o[i][2 * half + 1] * inverse);
+            }
         }
     }
+};
+
+// A block's share: a span's rows with one head, and the pages that they see.
+struct Share {
+    Span span;
+    int head, kv_head;
+    int page_begin, page_end;
+    const int* table;
+
+    __device__ __forceinline__ explicit Share(const AttentionArguments& a)
+        : span(a.spans[blockIdx.y]), head(blockIdx.x), kv_head(head / (a.heads / a.kv_heads)) {
+        const int last = span.position + span.rows - 1;
+        const int first = a.window > 0 ? max(0, span.position + 1 - a.window) : 0;
+        page_begin = first / kPageTokens, page_end = last / kPageTokens + 1;
+        table = a.tables + static_cast<int64_t>(span.slot) * a.table_stride;
+    }
+};
+
+// Two stages: a page's keys and values arrive while the page before is at work.
+template <int kDim>
+__device__ __forceinline__ void prefill(const AttentionArguments& a) {
+    using C = Cut<kDim>;
+    extern __shared__ __align__(1024) char dynamic[];
+    const uint32_t shared = shared_address(dynamic);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    wait_for_predecessor();
+    let_successor_start();
+    const Share share(a);
+    const auto fetch_page = [&](int page, uint32_t to) {
+        for (int half = 0; half < 2; ++half) fetch_half<kDim>(a, share.table[page], half, share.kv_head, to + half * C::kHalfBytes);
+        copies_commit();
+    };
+    Sixteen<kDim> rows{lane, a.window, a.scale * 1.4426950408889634f, share.span.position + warp * 16};
+    fetch_queries<kDim>(a, share.span, share.head, shared + C::kStageBytes);
+    copies_commit();
+    fetch_page(share.page_begin, shared);
+    copies_wait<1>();
+    __syncthreads();
+    uint32_t query[kDim / 16][4];
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step) rows.load_query(query[step], rows.query_row(shared + C::kStageBytes, warp), step);
+    for (int page = share.page_begin; page < share.page_end; ++page) {
+        const uint32_t stage = shared + (page - share.page_begin) % 2 * C::kStageBytes;
+        copies_wait<0>();
+        __syncthreads();
+        if (page + 1 < share.page_end) fetch_page(page + 1, shared + (page + 1 - share.page_begin) % 2 * C::kStageBytes);
+        const int token = page * kPageTokens;
+        if (token > rows.own_first + 15) continue;  // only later rows see it
+        float s[Sixteen<kDim>::kTiles][4] = {};
+#pragma unroll
+        for (int step = 0; step < kDim / 16; ++step) rows.add_scores(s, query[step], stage, step);
+        rows.soften(s, token);
+        rows.add_values(s, stage + C::kHalfBytes);
+    }
+    rows.store(a, share.span, share.head, warp);
+}
+
+// One stage: the next page's keys arrive while this one's values are at work, and the other way round.
+template <int kDim>
+__device__ __forceinline__ void prefill_wide(const AttentionArguments& a) {
+    using C = Cut<kDim>;
+    extern __shared__ __align__(1024) char dynamic[];
+    const uint32_t keys = shared_address(dynamic), values = keys + C::kHalfBytes, queries = keys + C::kStageBytes;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    wait_for_predecessor();
+    let_successor_start();
+    const Share share(a);
+    // A group of copies is committed even where there is no such page: waits count them.
+    const auto fetch = [&](int page, int half) {
+        if (page < share.page_end) fetch_half<kDim>(a, share.table[page], half, share.kv_head, half == 0 ? keys : values);
+        copies_commit();
+    };
+    Sixteen<kDim> rows{lane, a.window, a.scale * 1.4426950408889634f, share.span.position + warp * 16};
+    fetch_queries<kDim>(a, share.span, share.head, queries);
+    fetch(share.page_begin, 0);
+    fetch(share.page_begin, 1);
+    for (int page = share.page_begin; page < share.page_end; ++page) {
+        const int token = page * kPageTokens;
+        const bool seen = token <= rows.own_first + 15;
+        float s[Sixteen<kDim>::kTiles][4] = {};
+        copies_wait<1>();
+        __syncthreads();
+        if (seen) {
+#pragma unroll
+            for (int step = 0; step < kDim / 16; ++step) {
+                uint32_t query[4];
+                rows.load_query(query, rows.query_row(queries, warp), step);
+                rows.add_scores(s, query, keys, step);
+            }
+        }
+        __syncthreads();
+        fetch(page + 1, 0);
+        if (seen) rows.soften(s, token);
+        copies_wait<1>();
+        __syncthreads();
+        if (seen) rows.add_values(s, values);
+        __syncthreads();
+        fetch(page + 1, 1);
+    }
+    rows.store(a, share.span, share.head, warp);
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(128) rope_kv_64(const __grid_constant__ AttentionArguments a) { rope_kv<64>(a); }
 extern "C" __global__ void __launch_bounds__(128) rope_kv_128(const __grid_constant__ AttentionArguments a) { rope_kv<128>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill_64(const __grid_constant__ AttentionArguments a) { prefill<64>(a); }
-extern "C" __global__ void __launch_bounds__(kThreads) attention_prefill_128(const __grid_constant__ AttentionArguments a) { prefill<128>(a); }
+extern "C" __global__ void __launch_bounds__(128) rope_kv_256(const __grid_constant__ AttentionArguments a) { rope_kv<256>(a); }
+extern "C" __global__ void __launch_bounds__(256) attention_prefill_64(const __grid_constant__ AttentionArguments a) { prefill<64>(a); }
+extern "C" __global__ void __launch_bounds__(256) attention_prefill_128(const __grid_constant__ AttentionArguments a) { prefill<128>(a); }
+extern "C" __global__ void __launch_bounds__(128) attention_prefill_256(const __grid_constant__ AttentionArguments a) { prefill_wide<256>(a); }

@@ -274,7 +274,9 @@ fn decode(device: &Device, piece: &Buffer, sweep: bool, read: f64) {
 }
 
 fn prefill(device: &Device, piece: &Buffer) {
-    for (name, heads, kv_heads, head_dim) in [("8B", 32, 8, 128), ("1B", 32, 8, 64)] {
+    for (name, heads, kv_heads, head_dim) in
+        [("8B", 32, 8, 128), ("1B", 32, 8, 64), ("wide", 16, 8, 256)]
+    {
         let prompts: Vec<(String, Vec<(usize, usize)>)> = vec![
             ("512".into(), vec![(0, 512)]),
             ("2048".into(), vec![(0, 2048)]),

@@ -523,9 +523,46 @@ impl Device {
         grid: Grid,
         arguments: &A,
     ) -> Result<(), DeviceError> {
+        let mut attributes = [no_attribute(); 2];
+        let config = self.config(grid, &mut attributes);
+        let mut parameters = [(&raw const *arguments).cast_mut().cast::<c_void>()];
+        // SAFETY: one parameter, of the caller's promised layout; the driver copies it at the call.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                kernel.function,
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        launched.result().map_err(failed(kernel.name))
+    }
+
+    /// How many clusters of a grid's shape the card runs at once: it grants them within groups of processors, whose sizes
+    /// differ from card to card.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn clusters_at_once(&self, kernel: Kernel, grid: Grid) -> Result<u32, DeviceError> {
+        let mut attributes = [no_attribute(); 2];
+        let config = self.config(grid, &mut attributes);
+        let mut clusters = 0;
+        // SAFETY: both pointers lead to values that outlive the call.
+        let asked = unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut clusters, kernel.function, &raw const config)
+        };
+        asked.result().map_err(failed("count the clusters that fit"))?;
+        Ok(u32::try_from(clusters).unwrap_or(0))
+    }
+
+    /// What the driver is told of a grid. Holds a pointer to `attributes`.
+    fn config(
+        &self,
+        grid: Grid,
+        attributes: &mut [sys::CUlaunchAttribute; 2],
+    ) -> sys::CUlaunchConfig {
         // Newer cards run PTX of sm_80, which has neither clusters nor the wait that an early start needs.
         let hopper = self.is_hopper();
-        let mut attributes = [no_attribute(); 2];
         let mut count = 0;
         if hopper && grid.cluster != [1, 1, 1] {
             attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
@@ -540,7 +577,7 @@ impl Device {
             attributes[count].value.programmaticStreamSerializationAllowed = 1;
             count += 1;
         }
-        let config = sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
             gridDimX: grid.blocks[0],
             gridDimY: grid.blocks[1],
             gridDimZ: grid.blocks[2],
@@ -551,18 +588,7 @@ impl Device {
             hStream: self.stream.cu_stream(),
             attrs: attributes.as_mut_ptr(),
             numAttrs: count as c_uint,
-        };
-        let mut parameters = [(&raw const *arguments).cast_mut().cast::<c_void>()];
-        // SAFETY: one parameter, of the caller's promised layout; the driver copies it at the call.
-        let launched = unsafe {
-            sys::cuLaunchKernelEx(
-                &raw const config,
-                kernel.function,
-                parameters.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
-        };
-        launched.result().map_err(failed(kernel.name))
+        }
     }
 
     /// Records what `queue` queues into a graph instead of running it.

@@ -375,12 +375,13 @@ fn same(a: &[bf16], b: &[bf16]) -> bool {
 }
 
 /// The plans that a card can run: alone, through memory, through a cluster, and both mixed.
-fn plans(device: &Device) -> Vec<DecodePlan> {
+fn plans(device: &Device, attention: &Attention, model: Model) -> Vec<DecodePlan> {
     let plan = |splits, stages, cluster| DecodePlan { splits, stages, cluster };
-    let mut plans = vec![plan(1, 3, 1), plan(5, 2, 1), plan(32, 2, 1)];
+    let mut plans = vec![plan(1, 3, 1), plan(5, 2, 1), plan(32, 2, 1), plan(3, 1, 1)];
     if device.is_hopper() && !is_portable() {
-        plans.extend([plan(2, 5, 2), plan(8, 4, 8), plan(16, 1, 8), plan(1, 5, 1)]);
+        plans.extend([plan(2, 5, 2), plan(8, 4, 8), plan(16, 1, 8), plan(1, 5, 1), plan(4, 2, 4)]);
     }
+    plans.retain(|&plan| attention.holds(plan, model.heads, model.kv_heads));
     plans
 }
 
@@ -390,8 +391,11 @@ fn decoding(lengths: &[usize]) -> Vec<New> {
 
 fn models() -> Vec<Model> {
     let mut models = Vec::new();
-    for (i, head_dim) in [64, 128].into_iter().enumerate() {
-        for (heads, kv_heads) in [(4, 4), (4, 2), (8, 2), (16, 2), (16, 1), (6, 2)] {
+    for (i, head_dim) in [64, 128, 256].into_iter().enumerate() {
+        // The last three have more than sixteen heads to a KV head.
+        for (heads, kv_heads) in
+            [(4, 4), (4, 2), (8, 2), (16, 2), (16, 1), (6, 2), (17, 1), (48, 2), (33, 1)]
+        {
             models.push(Model {
                 head_dim,
                 head_width: head_dim,
@@ -402,12 +406,22 @@ fn models() -> Vec<Model> {
             });
         }
     }
-    for (head_dim, head_width) in [(64, 16), (64, 32), (128, 96), (128, 80)] {
+    for (head_dim, head_width) in
+        [(64, 16), (64, 32), (128, 96), (128, 80), (256, 192), (256, 160), (256, 130)]
+    {
         models.push(Model { head_dim, head_width, heads: 8, kv_heads: 2, window: 0, norm: true });
     }
     for window in [1, 17, 64, 100, 257] {
         models.push(Model { window, ..PLAIN });
         models.push(Model { window, head_dim: 64, head_width: 64, ..PLAIN });
+        models.push(Model {
+            window,
+            head_dim: 256,
+            head_width: 256,
+            heads: 20,
+            kv_heads: 1,
+            ..PLAIN
+        });
     }
     models
 }
@@ -422,10 +436,12 @@ fn decode_gives_what_the_plain_version_gives() {
             &decoding(&[0, 200, 63, 64, 127, 1, 15, 16, 700, 329]),
             10 * i as u64,
         );
-        let plans = plans(&device);
-        for which in [i % 3, 3 + i % 4] {
-            let Some(plan) = plans.get(which) else { continue };
-            let got = run(&device, &attention, &world, &How::Decode(*plan));
+        let mut tried = plans(&device, &attention, model);
+        // The own plan, and every third of the others.
+        tried.rotate_left(i % 3);
+        let own = attention.plan(world.rows.len(), model.heads, model.kv_heads);
+        for plan in tried.into_iter().step_by(3).chain([own]) {
+            let got = run(&device, &attention, &world, &How::Decode(plan));
             check(&world, &got, &format!("decode {plan:?}"));
         }
     }
@@ -434,12 +450,12 @@ fn decode_gives_what_the_plain_version_gives() {
 #[test]
 fn every_plan_decodes_and_repeats_itself_bit_by_bit_alone_and_in_company() {
     let Some(device) = device() else { return };
-    for head_dim in [64, 128] {
-        let model = Model { head_dim, head_width: head_dim, norm: true, ..PLAIN };
+    for (head_dim, heads) in [(64, 8), (128, 8), (256, 8), (64, 40), (256, 40)] {
+        let model = Model { head_dim, head_width: head_dim, heads, norm: true, ..PLAIN };
         let attention = load(&device, head_dim);
         let lengths = [640, 3, 1100, 190, 447];
         let world = World::new(model, &decoding(&lengths), 77);
-        for plan in plans(&device) {
+        for plan in plans(&device, &attention, model) {
             let got = run(&device, &attention, &world, &How::Decode(plan));
             check(&world, &got, &format!("decode {plan:?}"));
             for _ in 0..3 {
@@ -503,7 +519,7 @@ fn shapes(device: &Device, head_dim: usize) -> Vec<PrefillShape> {
 #[test]
 fn a_prompt_in_chunks_gives_the_bits_of_the_whole_and_decode_comes_close() {
     let Some(device) = device() else { return };
-    for head_dim in [64, 128] {
+    for head_dim in [64, 128, 256] {
         for window in [0, 90] {
             let model = Model { head_dim, head_width: head_dim, window, norm: true, ..PLAIN };
             for shape in shapes(&device, head_dim) {
@@ -544,12 +560,13 @@ fn a_prompt_in_chunks_gives_the_bits_of_the_whole_and_decode_comes_close() {
 #[test]
 fn small_shapes_for_the_memory_checker() {
     let Some(device) = device() else { return };
-    for head_dim in [64, 128] {
-        let model = Model { head_dim, head_width: head_dim - 16, window: 70, norm: true, ..PLAIN };
+    for (head_dim, heads) in [(64, 8), (128, 8), (256, 8), (64, 36)] {
+        let head_width = head_dim - 16;
+        let model = Model { head_dim, head_width, heads, window: 70, norm: true, ..PLAIN };
         let world = World::new(model, &decoding(&[0, 200, 63]), 3);
         for shape in shapes(&device, head_dim) {
             let attention = Attention::load_shape(&device, shape).unwrap();
-            for plan in plans(&device) {
+            for plan in plans(&device, &attention, model) {
                 let got = run(&device, &attention, &world, &How::Decode(plan));
                 check(&world, &got, "decode");
             }

@@ -251,5 +251,3 @@ pub const PAGE_TOKENS: u32 = 64;
 pub const CUDA_COMPUTE_MAJOR_MIN: u64 = 8;
 /// The oldest driver that loads the CUDA kernels, by the CUDA it brings.
 pub const CUDA_MAJOR_MIN: u64 = 13;
-/// The widest head that the CUDA kernels take.
-pub const CUDA_HEAD_DIM_MAX: u32 = 128;

@@ -158,3 +158,16 @@ pub fn plan(
         kv_tokens,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_kept_as_wide_as_the_next_kernel_is() {
+        let kept = [(2, 64), (64, 64), (66, 128), (96, 128), (128, 128), (130, 256), (192, 256)];
+        for (head_dim, width) in kept.into_iter().chain([(256, 256)]) {
+            assert_eq!(cuda_head_width(head_dim), width, "{head_dim}");
+        }
+    }
+}

@@ -95,19 +95,35 @@ pub struct DecodePlan {
     pub cluster: u32,
 }
 
-/// Query heads that share a KV head, at most: the rows of one tensor-core operand.
-pub const GROUP_MAX: usize = 16;
+/// Query heads of a KV head that a decode block takes, at most: the rows of one tensor-core operand. More that share one
+/// go to further blocks.
+const RUN_HEADS: usize = 16;
 
 /// Splits of a cluster, at most: what every Hopper card grants.
 const CLUSTER_MAX: u32 = 8;
 
+/// How decode cuts the query heads that share a KV head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Runs {
+    count: usize,
+    /// Of the longest.
+    heads: usize,
+}
+
+impl Runs {
+    fn of(heads: usize, kv_heads: usize) -> Self {
+        let sharing = heads / kv_heads;
+        Self { count: sharing.div_ceil(RUN_HEADS), heads: sharing.min(RUN_HEADS) }
+    }
+}
+
 /// Blocks that share one sequence's keys where `rows` sequences are decoded: enough to fill a card of `processors`, no
 /// more than that needs.
 #[must_use]
-pub fn splits(processors: u32, head_dim: usize, rows: usize, kv_heads: usize) -> u32 {
-    let wanted = (processors as usize / (rows * kv_heads).max(1)).max(1);
+fn splits(processors: u32, head_dim: usize, blocks: usize) -> u32 {
+    let wanted = (processors as usize / blocks.max(1)).max(1);
     // A power of two, so that clusters are whole. Wide heads keep two at least, which evens out the end.
-    let splits_min = if head_dim == 128 { 2 } else { 1 };
+    let splits_min = if head_dim >= 128 { 2 } else { 1 };
     ((wanted + 1).next_power_of_two() as u32 / 2).clamp(splits_min, CLUSTER_MAX)
 }
 
@@ -121,8 +137,9 @@ pub fn decode_workspace(
     kv_heads: usize,
     head_dim: usize,
 ) -> (usize, usize) {
+    let runs = Runs::of(heads, kv_heads);
     let each = (1..=rows_max).map(|rows| {
-        let splits = splits(processors, head_dim, rows, kv_heads);
+        let splits = splits(processors, head_dim, rows * kv_heads * runs.count);
         let plan = DecodePlan { splits, stages: 1, cluster: 1 };
         plan.workspace(rows, heads, kv_heads, head_dim)
     });
@@ -139,7 +156,10 @@ impl DecodePlan {
         kv_heads: usize,
         head_dim: usize,
     ) -> (usize, usize) {
-        (rows * self.splits as usize * heads * (head_dim + 2), rows * kv_heads)
+        let runs = Runs::of(heads, kv_heads);
+        let blocks = rows * kv_heads * runs.count;
+        let of_block = self.splits as usize * runs.heads * (head_dim + 2);
+        (blocks * of_block.next_multiple_of(4), blocks)
     }
 }
 
@@ -169,12 +189,13 @@ pub struct PrefillShape {
 }
 
 impl PrefillShape {
-    /// The shape for heads stored with `head_dim` elements, 64 or 128.
+    /// The shape for heads stored with `head_dim` elements: 64, 128 or 256.
     #[must_use]
     pub fn of(on_hopper: bool, head_dim: usize) -> Self {
-        let shapes = if on_hopper { Attention::HOPPER } else { Attention::EVERYWHERE };
-        let shape = shapes.into_iter().find(|shape| shape.head_dim == head_dim);
-        shape.expect("heads are stored with 64 or 128 elements")
+        let hopper: &[PrefillShape] = if on_hopper { &Attention::HOPPER } else { &[] };
+        let mut shapes = hopper.iter().chain(&Attention::EVERYWHERE);
+        let shape = shapes.find(|shape| shape.head_dim == head_dim);
+        *shape.expect("heads are stored with 64, 128 or 256 elements")
     }
 
     /// The most spans that [`Attention::cut`] makes of `spans` spans with `rows` rows in all.
@@ -185,30 +206,35 @@ impl PrefillShape {
 
     fn shared_bytes(self, hopper: bool) -> u32 {
         let ring = self.stages * 2 * self.pages * PAGE_TOKENS * self.head_dim * 2;
-        let bytes =
-            if hopper { self.rows * self.head_dim * 2 + ring + self.stages * 4 * 8 } else { ring };
+        let queries = self.rows * self.head_dim * 2;
+        let bytes = match (hopper, self.stages) {
+            (true, stages) => queries + ring + stages * 4 * 8,
+            // Behind a single stage lie the queries, which otherwise pass through the second.
+            (false, 1) => queries + ring,
+            (false, _) => ring,
+        };
         bytes as u32
     }
 }
 
 /// The most shared memory that a decode block asks for: what every card from sm_80 grants, and what Hopper does.
 const DECODE_SHARED_MAX: u32 = 99 * 1024;
-const DECODE_SHARED_MAX_HOPPER: u32 = 200 * 1024;
+const DECODE_SHARED_MAX_HOPPER: u32 = 227 * 1024;
 
 /// Shared memory of a decode block, as `cuda/attention_decode.cu` lays it out.
-fn decode_shared_bytes(plan: DecodePlan, group: usize, head_dim: usize) -> u32 {
+fn decode_shared_bytes(plan: DecodePlan, heads: usize, head_dim: usize) -> u32 {
     let stages = plan.stages as usize;
-    let ring = (stages * 4 * PAGE_TOKENS * head_dim).max(4 * group * (head_dim + 8) * 4);
-    let states = 2 * 4 * GROUP_MAX * 4;
-    let vectors = (GROUP_MAX + 2) * head_dim * 2;
+    let ring = (stages * 4 * PAGE_TOKENS * head_dim).max(4 * heads * (head_dim + 8) * 4);
+    let states = 2 * 4 * RUN_HEADS * 4;
+    let vectors = (RUN_HEADS + 2) * head_dim * 2;
     let barriers = 16 + 16 + 32 * stages;
     let cluster =
-        if plan.cluster > 1 { plan.cluster as usize * group * (head_dim + 2) * 4 } else { 0 };
+        if plan.cluster > 1 { plan.cluster as usize * heads * (head_dim + 2) * 4 } else { 0 };
     (ring + states + vectors + barriers + cluster) as u32
 }
 
 impl Attention {
-    /// Finds the kernels for heads stored with `head_dim` elements, 64 or 128.
+    /// Finds the kernels for heads stored with `head_dim` elements, 64, 128 or 256.
     ///
     /// # Errors
     /// [`Device::kernel`].
@@ -219,8 +245,11 @@ impl Attention {
     pub const HOPPER: [PrefillShape; 2] =
         [hopper("attention_hopper_64", 64, 3, 2, 4), hopper("attention_hopper_128", 128, 2, 2, 3)];
 
-    pub const EVERYWHERE: [PrefillShape; 2] =
-        [everywhere("attention_prefill_64", 64), everywhere("attention_prefill_128", 128)];
+    pub const EVERYWHERE: [PrefillShape; 3] = [
+        everywhere("attention_prefill_64", 64, 128, 2),
+        everywhere("attention_prefill_128", 128, 128, 2),
+        everywhere("attention_prefill_256", 256, 64, 1),
+    ];
 
     /// As [`Attention::load`], with a given prefill kernel.
     ///
@@ -230,7 +259,8 @@ impl Attention {
         let head_dim = shape.head_dim;
         let (decode, rope_kv) = match head_dim {
             64 => ("attention_decode_64", "rope_kv_64"),
-            _ => ("attention_decode_128", "rope_kv_128"),
+            128 => ("attention_decode_128", "rope_kv_128"),
+            _ => ("attention_decode_256", "rope_kv_256"),
         };
         let hopper = Self::HOPPER.contains(&shape);
         let decode_shared_max =
@@ -251,21 +281,34 @@ impl Attention {
     /// The plan for a launch of `rows` rows: enough blocks to fill the card, no more splits than that needs.
     #[must_use]
     pub fn plan(&self, rows: usize, heads: usize, kv_heads: usize) -> DecodePlan {
-        let pairs = (rows * kv_heads).max(1);
-        let splits = splits(self.processors, self.head_dim, rows, kv_heads);
+        let runs = Runs::of(heads, kv_heads);
+        let pairs = (rows * kv_heads * runs.count).max(1);
+        let splits = splits(self.processors, self.head_dim, pairs);
         let cluster = if self.on_hopper { splits } else { 1 };
         // Some 96 KB in flight; more where a block has a processor to itself.
         let alone = pairs * splits as usize <= self.processors as usize;
         let stages = match (self.head_dim, alone) {
             (128, true) => 4,
-            (128, false) => 3,
-            _ => 6,
+            (64, _) => 6,
+            _ => 3,
         };
         let mut plan = DecodePlan { splits, stages, cluster };
-        while decode_shared_bytes(plan, heads / kv_heads, self.head_dim) > self.decode_shared_max {
-            plan.stages -= 1;
+        // Two pages in flight are worth more than splits that merge within one cluster, and those more than a third page.
+        while !self.holds(plan, heads, kv_heads) {
+            if plan.stages > 2 || plan.cluster == 1 {
+                plan.stages -= 1;
+            } else {
+                plan.cluster /= 2;
+            }
         }
         plan
+    }
+
+    /// Whether a decode block of a plan fits into a processor of this card.
+    #[must_use]
+    pub fn holds(&self, plan: DecodePlan, heads: usize, kv_heads: usize) -> bool {
+        let longest = Runs::of(heads, kv_heads).heads;
+        decode_shared_bytes(plan, longest, self.head_dim) <= self.decode_shared_max
     }
 
     /// Attention of rows `first_row..first_row + row_count`, each the one new token of its sequence: norm, RoPE, the
@@ -286,25 +329,24 @@ impl Attention {
         arguments: &AttentionArguments,
         plan: DecodePlan,
     ) -> Result<(), DeviceError> {
-        let group = self.check(arguments);
+        self.check(arguments);
         assert!(plan.splits >= 1 && plan.splits.is_multiple_of(plan.cluster), "clusters are whole");
-        assert!(
-            self.on_hopper || (plan.stages > 1 && plan.cluster == 1),
-            "as cards before Hopper can"
-        );
+        assert!(self.on_hopper || plan.cluster == 1, "clusters came with Hopper");
+        let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
+        assert!(self.holds(plan, heads, kv_heads), "a block holds the plan's ring");
+        let runs = Runs::of(heads, kv_heads);
         let arguments = AttentionArguments {
             splits: plan.splits as i32,
             stages: plan.stages as i32,
             ..*arguments
         };
         let grid = Grid {
-            blocks: [arguments.kv_heads as u32, arguments.row_count as u32, plan.splits],
+            blocks: [(kv_heads * runs.count) as u32, arguments.row_count as u32, plan.splits],
             threads: if self.on_hopper { 160 } else { 128 },
-            shared_bytes: decode_shared_bytes(plan, group, self.head_dim),
+            shared_bytes: decode_shared_bytes(plan, runs.heads, self.head_dim),
             cluster: [1, 1, plan.cluster],
             early: true,
         };
-        assert!(grid.shared_bytes <= self.decode_shared_max, "a block holds the plan's ring");
         if arguments.row_count == 0 {
             return Ok(());
         }
@@ -380,7 +422,7 @@ impl Attention {
         let (blocks, threads) = if Self::HOPPER.contains(&self.prefill_shape) {
             ([(heads * spans).min(self.processors), 1, 1], 128 + 2 * self.prefill_shape.rows as u32)
         } else {
-            ([heads, spans, 1], 256)
+            ([heads, spans, 1], 2 * self.prefill_shape.rows as u32)
         };
         let shared_bytes =
             self.prefill_shape.shared_bytes(Self::HOPPER.contains(&self.prefill_shape));
@@ -392,15 +434,11 @@ impl Attention {
         unsafe { device.launch(self.prefill, grid, arguments) }
     }
 
-    /// Query heads per KV head.
-    fn check(&self, a: &AttentionArguments) -> usize {
+    fn check(&self, a: &AttentionArguments) {
         assert_eq!(a.heads % a.kv_heads, 0, "query heads divide evenly over KV heads");
-        let group = (a.heads / a.kv_heads) as usize;
-        assert!(group <= GROUP_MAX, "at most {GROUP_MAX} query heads share a KV head");
         assert!(a.head_width as usize <= self.head_dim, "a head fits into its stored width");
         assert_eq!(a.qkv_stride % 8, 0, "rows of qkv begin on 16 bytes");
         assert!(a.scale > 0.0, "the scale is positive");
-        group
     }
 }
 
@@ -414,6 +452,11 @@ const fn hopper(
     PrefillShape { name, head_dim, rows: 64 * groups, pages, stages }
 }
 
-const fn everywhere(name: &'static str, head_dim: usize) -> PrefillShape {
-    PrefillShape { name, head_dim, rows: 128, pages: 1, stages: 2 }
+const fn everywhere(
+    name: &'static str,
+    head_dim: usize,
+    rows: usize,
+    stages: usize,
+) -> PrefillShape {
+    PrefillShape { name, head_dim, rows, pages: 1, stages }
 }

@@ -19,12 +19,15 @@ pub const TOP_MAX: usize = 20;
 pub const VOCABULARY_MAX: usize = 262_144;
 
 const THREADS: u32 = 512;
-/// Of `Shared` in `cuda/sampling.cu`, which checks it, without its bins.
-const SHARED_BYTES: u32 = 44 * 1024;
+/// Of `Shared` in `cuda/sampling_row.cuh`, which checks it, without its bins.
+const SHARED_BYTES: u32 = 59 * 1024;
 /// Blocks of a cluster.
 const RANKS_MAX: u32 = 8;
 
-/// Mirrors `SlotParameters` of `cuda/sampling.cu`: how a slot samples.
+/// More rows than any card runs at once.
+const MANY_ROWS: usize = 1024;
+
+/// Mirrors `SlotParameters` of `cuda/sampling.cuh`: how a slot samples.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SlotParameters {
@@ -150,7 +153,7 @@ unsafe impl Plain for PromptRow {}
 // SAFETY: as above.
 unsafe impl Plain for SampleResult {}
 
-/// Mirrors `SampleArguments` of `cuda/sampling.cu`, where each field is documented.
+/// Mirrors `SampleArguments` of `cuda/sampling.cuh`, where each field is documented.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SampleArguments {
@@ -173,7 +176,7 @@ pub struct SampleArguments {
     pub results_max: i32,
 }
 
-/// Mirrors `SeenArguments` of `cuda/sampling.cu`.
+/// Mirrors `SeenArguments` of `cuda/sampling.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SeenArguments {
@@ -199,21 +202,28 @@ pub struct Sampling {
     greedy: Kernel,
     prompt: Kernel,
     seen: Kernel,
-    clusters: bool,
-    processors: u32,
+    /// Rows that run at once with so many blocks each, from 1 on; 0 where the card has no clusters.
+    rows_at_once: [u32; RANKS_MAX as usize],
 }
 
 impl Sampling {
     /// # Errors
     /// What the driver says of the image.
     pub fn load(device: &Device) -> Result<Self, DeviceError> {
+        let sample = device.kernel(Family::Sampling, "sample", SHARED_BYTES_MAX)?;
+        let mut rows_at_once = [0; RANKS_MAX as usize];
+        if device.is_hopper() {
+            for (rows, ranks) in rows_at_once.iter_mut().zip(1..) {
+                let grid = Self::grid(MANY_ROWS, ranks, SHARED_BYTES_MAX);
+                *rows = device.clusters_at_once(sample, grid)?;
+            }
+        }
         Ok(Self {
-            sample: device.kernel(Family::Sampling, "sample", shared_bytes(1))?,
+            sample,
             greedy: device.kernel(Family::Sampling, "sample_greedy", 0)?,
-            prompt: device.kernel(Family::Sampling, "prompt_logprobs", shared_bytes(1))?,
+            prompt: device.kernel(Family::Sampling, "prompt_logprobs", SHARED_BYTES_MAX)?,
             seen: device.kernel(Family::Sampling, "seen_start", 0)?,
-            clusters: device.is_hopper(),
-            processors: device.processors(),
+            rows_at_once,
         })
     }
 
@@ -244,11 +254,12 @@ impl Sampling {
     ) -> Result<(), DeviceError> {
         check(rows, arguments);
         check_logits(arguments);
-        let possible = (1..=RANKS_MAX).contains(&ranks) && (ranks == 1 || self.clusters);
+        let possible = (1..=RANKS_MAX).contains(&ranks);
+        let possible = possible && (ranks == 1 || self.rows_at_once[ranks as usize - 1] > 0);
         assert!(possible, "{ranks} blocks to a row");
-        let grid = Self::grid(rows, ranks);
+        let grid = Self::grid(rows, ranks, shared_bytes(arguments.tiles as u32, ranks));
         // SAFETY: the arguments mirror the kernel's; the caller's pointers lead to the shapes that
-        // `cuda/sampling.cu` documents.
+        // `cuda/sampling.cuh` documents.
         unsafe { device.launch(self.sample, grid, arguments) }
     }
 
@@ -282,7 +293,8 @@ impl Sampling {
     ) -> Result<(), DeviceError> {
         check(rows, arguments);
         check_logits(arguments);
-        let grid = Self::grid(rows, self.ranks(rows, arguments));
+        let ranks = self.ranks(rows, arguments);
+        let grid = Self::grid(rows, ranks, shared_bytes(arguments.tiles as u32, ranks));
         // SAFETY: as in `sample_with`.
         unsafe { device.launch(self.prompt, grid, arguments) }
     }
@@ -301,41 +313,41 @@ impl Sampling {
         unsafe { device.launch(self.seen, grid, arguments) }
     }
 
-    fn grid(rows: usize, ranks: u32) -> Grid {
+    fn grid(rows: usize, ranks: u32, shared_bytes: u32) -> Grid {
         Grid {
             blocks: [ranks, rows as u32, 1],
             threads: THREADS,
-            shared_bytes: shared_bytes(ranks),
+            shared_bytes,
             cluster: [ranks, 1, 1],
             early: true,
         }
     }
 
-    /// As many blocks to a row as run at once, one to a processor. The processors of a cluster lie in one
-    /// of a Hopper's eight groups, which are of unequal sizes: what fits was measured on 132 processors.
+    /// As many blocks to a row as run at once.
     fn ranks(&self, rows: usize, arguments: &SampleArguments) -> u32 {
-        if !self.clusters {
-            return 1;
-        }
-        let fits = |ranks: u32| match ranks {
-            2 => self.processors / 2,
-            3 => self.processors * 32 / 132,
-            4 => self.processors * 24 / 132,
-            _ => self.processors / 16,
-        };
+        let fits = |ranks: u32| rows as u32 <= self.rows_at_once[ranks as usize - 1];
         let busy = |ranks: u32| ranks * 32 <= arguments.tiles as u32;
-        (2..=RANKS_MAX).rev().find(|&n| rows as u32 <= fits(n) && busy(n)).unwrap_or(1)
+        (2..=RANKS_MAX).rev().find(|&n| fits(n) && busy(n)).unwrap_or(1)
     }
 }
 
-/// With bins of two words for each of 64 half octaves, in as many columns as the kernel says.
-fn shared_bytes(ranks: u32) -> u32 {
-    let columns = match ranks {
-        1 => 96,
-        2 => 64,
-        _ => 32,
+/// With the most columns of bins; less than every card from sm_80 grants.
+const SHARED_BYTES_MAX: u32 = SHARED_BYTES + bins_bytes(80);
+
+const fn bins_bytes(columns: u32) -> u32 {
+    2 * 64 * columns * 4
+}
+
+/// With bins in as many columns as `columns_of` in `cuda/sampling_row.cuh` says.
+fn shared_bytes(tiles: u32, ranks: u32) -> u32 {
+    let tiles_each = tiles.div_ceil(ranks * THREADS / 32);
+    let of_thread = tiles_each.div_ceil(2) * 4;
+    let columns = match of_thread {
+        ..256 => 32,
+        256..512 => 64,
+        _ => 80,
     };
-    SHARED_BYTES + 2 * 64 * columns * 4
+    SHARED_BYTES + bins_bytes(columns)
 }
 
 fn check(rows: usize, arguments: &SampleArguments) {
@@ -356,7 +368,7 @@ fn check_logits(arguments: &SampleArguments) {
 
 #[cfg(test)]
 crate::mirrors::mirrors! {
-    "sampling.cu":
+    "sampling.cuh":
     SlotParameters {
         scale, floor, top_p, top_k, repetition, presence, frequency, penalised, biases,
         alternatives, seed,

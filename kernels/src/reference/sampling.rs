@@ -196,7 +196,7 @@ fn survivors(logits: &[f32], cut: Cut) -> impl Iterator<Item = (u32, f32)> {
 /// largest share still add up within 64 bits, and what is two trillion times less likely gets none.
 ///
 /// `scale` is [`scale_of`] the temperature. Every step is one rounding of IEEE arithmetic, none of them
-/// fused, so that `cuda/sampling.cu` does the same to the last bit: 2^y = 2^n · 2^f with n the nearest
+/// fused, so that `cuda/sampling.cuh` does the same to the last bit: 2^y = 2^n · 2^f with n the nearest
 /// integer, and 2^f by a polynomial that is off by at most 3·10⁻⁷.
 fn share(logit: f32, max: f32, scale: f32) -> u64 {
     use std::f32::consts::LN_2;

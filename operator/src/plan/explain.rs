@@ -185,10 +185,6 @@ pub fn no_speed(candidate: &Candidate<'_>) -> String {
     )
 }
 
-pub fn heads_too_wide(head_dim: u32, widest: u32) -> String {
-    format!("the model's heads are {head_dim} wide, and the kernels for GPUs take at most {widest}")
-}
-
 pub fn too_little_host(spec: &Spec, host: &NodeResources, needed: u64) -> String {
     let needed = bytes(needed);
     match spec.budget.memory_bytes {

@@ -1,7 +1,7 @@
 //! What refuses a candidate whatever its memory: wishes of the spec, the shape of the model, what is on disk, budgets of
 //! GPUs. Pure.
 
-use plimsoll_contract::abilities::{Backend, CUDA_HEAD_DIM_MAX, CacheStrategy, Quantization};
+use plimsoll_contract::abilities::{Backend, CacheStrategy, Quantization};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::Reason;
 
@@ -93,9 +93,6 @@ fn wishes(
 /// What kernels and cards take, and what GPUs can divide among themselves.
 fn shape(facts: &ModelFacts, candidate: &Candidate<'_>) -> Result<(), Refusal> {
     let unsupported = |why: String| Err(Refusal::new(Reason::UnsupportedModel, why));
-    if facts.head_dim > CUDA_HEAD_DIM_MAX {
-        return unsupported(explain::heads_too_wide(facts.head_dim, CUDA_HEAD_DIM_MAX));
-    }
     let ability = candidate.ability;
     if ability.strategy == CacheStrategy::SlidingWindow && facts.sliding_window.is_none() {
         return unsupported(explain::no_window());

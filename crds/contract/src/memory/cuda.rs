@@ -27,9 +27,13 @@ const PARAMETER_PIECES: u64 = 3;
 /// Biases that a request may have, and bytes of each.
 const BIASES_BYTES: u64 = 1024 * 8;
 
-/// The width at which the kernels keep a head: 64 or 128 (wider ones they refuse).
+/// The width at which the kernels keep a head of at most 256, which is the widest there is.
 pub fn head_width(head_dim: u32) -> u64 {
-    u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
+    match head_dim {
+        0..=64 => 64,
+        65..=128 => 128,
+        _ => 256,
+    }
 }
 
 /// A model's widths as stored.
@@ -128,11 +132,16 @@ fn head_row_bytes(w: &Widths) -> u64 {
     8 * w.vocabulary + 8 * (w.vocabulary / PANEL) + ELEMENT * w.hidden + w.hidden / PANEL * 4
 }
 
+/// Query heads that a decode block takes at most; more that share a KV head go to further blocks.
+const RUN_HEADS: u64 = 16;
+
 /// What kernels leave for each other: sums of products; of attention, whose wide heads are split in two at least.
 fn kernels_bytes(w: &Widths, decode_rows: u64) -> u64 {
-    let splits = if w.head == 128 { 2 } else { 1 };
-    let attention = decode_rows * (splits * w.heads * (w.head + 2) + w.kv_heads) * 4;
-    PROCESSORS * (PRODUCT_BYTES + 4) + attention
+    let splits = if w.head >= 128 { 2 } else { 1 };
+    let sharing = w.heads / w.kv_heads.max(1);
+    let blocks = decode_rows * w.kv_heads * sharing.div_ceil(RUN_HEADS);
+    let of_block = (splits * sharing.min(RUN_HEADS) * (w.head + 2)).next_multiple_of(4);
+    PROCESSORS * (PRODUCT_BYTES + 4) + blocks * (of_block + 1) * 4
 }
 
 /// Each slot's last token, counts of seen tokens and biases; the tokens of a sequence on their way into counts.
@@ -143,7 +152,11 @@ fn slots_bytes(facts: &ModelFacts, running: u64) -> u64 {
 
 /// A step's rows, query blocks, wanted rows, samples, prompts and parameters; every slot's block table.
 fn input_bytes(facts: &ModelFacts, w: &Widths, rows: u64, head_rows: u64, running: u64) -> u64 {
-    let block = if w.head == 64 { 192 } else { 128 };
+    let block = match w.head {
+        64 => 192,
+        128 => 128,
+        _ => 64,
+    };
     let blocks = rows / block + running;
     let samples = head_rows / 2;
     let pieces = rows + blocks + rows / 4 + samples + rows + running * PARAMETER_PIECES + 1;

@@ -1,10 +1,9 @@
 //! How a model's plan lies on the device: stored widths, tiles, and the bytes of every buffer, computed before anything
 //! is allocated. Pure. What is allocated is exactly what stands here.
 
-use plimsoll_contract::abilities::{CUDA_HEAD_DIM_MAX, Dtype, PAGE_TOKENS};
+use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
 use plimsoll_contract::memory::cuda_head_width;
 use plimsoll_kernels::layout::{PANEL, ROWS_UNIT, TILE_ROWS};
-use plimsoll_kernels::ops::attention::GROUP_MAX;
 
 use crate::model::{LoadError, Plan};
 
@@ -59,32 +58,14 @@ impl Shape {
                 && layer.mlp == plan.layers[0].mlp
         });
         assert!(alike, "the families that are described have layers of one shape");
-        let refuse = |field: &str, found: String, expected: String| LoadError::UnsupportedModel {
-            file: "config.json".into(),
-            field: field.into(),
-            found,
-            expected,
-            remedy: "serve it with --device cpu".into(),
-        };
-        let head_dim = attention.head_dim as u32;
-        if head_dim > CUDA_HEAD_DIM_MAX {
-            let expected = format!("the CUDA kernels take heads of at most {CUDA_HEAD_DIM_MAX}");
-            return Err(refuse("head_dim", head_dim.to_string(), expected));
-        }
-        let group = attention.heads / attention.kv_heads;
-        if group > GROUP_MAX {
-            let expected =
-                format!("the CUDA kernels take at most {GROUP_MAX} query heads per KV head");
-            return Err(refuse(
-                "num_attention_heads / num_key_value_heads",
-                group.to_string(),
-                expected,
-            ));
-        }
         if !plan.hidden.is_multiple_of(8) || !plan.layers[0].mlp.intermediate.is_multiple_of(8) {
-            let found = format!("{} and {}", plan.hidden, plan.layers[0].mlp.intermediate);
-            let expected = "the CUDA kernels take multiples of 8".into();
-            return Err(refuse("hidden_size and intermediate_size", found, expected));
+            return Err(LoadError::UnsupportedModel {
+                file: "config.json".into(),
+                field: "hidden_size and intermediate_size".into(),
+                found: format!("{} and {}", plan.hidden, plan.layers[0].mlp.intermediate),
+                expected: "the CUDA kernels take multiples of 8".into(),
+                remedy: "serve it with --device cpu".into(),
+            });
         }
         Ok(Shape {
             layers: plan.layers.len(),
@@ -92,7 +73,7 @@ impl Shape {
             heads: attention.heads,
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
-            head_stored: cuda_head_width(head_dim) as usize,
+            head_stored: cuda_head_width(attention.head_dim as u32) as usize,
             intermediate: plan.layers[0].mlp.intermediate,
             vocabulary: plan.vocabulary,
             windows: plan.layers.iter().map(|l| l.attention.sight.window.unwrap_or(0)).collect(),
@@ -170,5 +151,44 @@ impl StepShape {
     /// Entries of a sequence's block table.
     pub fn table_width(&self) -> usize {
         self.context_tokens.div_ceil(PAGE_TOKENS as usize).next_multiple_of(4)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::Config;
+
+    fn shape(fields: &[(&str, usize)]) -> Result<Shape, LoadError> {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "hidden_size": 64, "intermediate_size": 136, "num_hidden_layers": 2,
+            "num_attention_heads": 40, "num_key_value_heads": 1, "vocab_size": 384,
+            "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16",
+        });
+        for (name, value) in fields {
+            config[*name] = json!(value);
+        }
+        Shape::new(&Plan::new(&Config::parse(&config).unwrap()))
+    }
+
+    #[test]
+    fn heads_are_padded_to_a_kernels_width_and_any_number_of_them_shares_a_kv_head() {
+        for (head_dim, stored) in [(16, 64), (64, 64), (96, 128), (192, 256), (256, 256)] {
+            let shape = shape(&[("head_dim", head_dim)]).unwrap();
+            assert_eq!((shape.head_dim, shape.head_stored), (head_dim, stored));
+            assert_eq!(shape.qkv(), MatrixShape { rows: 42 * stored, columns: 64 });
+            assert_eq!(shape.output(), MatrixShape { rows: 64, columns: 40 * stored });
+            assert_eq!(shape.page_elements(), 2 * 64 * stored);
+        }
+    }
+
+    #[test]
+    fn a_width_that_no_copy_of_sixteen_bytes_fits_is_refused_with_the_remedy() {
+        let refused = shape(&[("head_dim", 64), ("intermediate_size", 140)]).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.contains("64 and 140") && said.contains("--device cpu"), "{said}");
     }
 }

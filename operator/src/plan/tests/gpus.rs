@@ -76,7 +76,6 @@ fn the_memory_of_the_spec_is_the_hosts_where_a_gpu_computes() {
 
 #[test]
 fn a_gpu_that_cannot_be_used_is_rejected_with_the_reason_and_the_cpu_plan_stays_as_it_was() {
-    let wide = ModelFacts { head_dim: 256, heads: 8, kv_heads: 2, ..facts() };
     let crowded = NodeResources { asked_bytes: 63 * GIB, ..h200() };
     let busy = NodeResources {
         gpus: cards::Gpus::Card(cards::Card {
@@ -105,7 +104,6 @@ fn a_gpu_that_cannot_be_used_is_rejected_with_the_reason_and_the_cpu_plan_stays_
         ),
         (json!({}), facts(), busy, "140 GiB less 640 MiB for driver and context and 138 GiB that"),
         (json!({"cache": {"dtype": "F16"}}), facts(), h200(), "asks for F16, and this keeps BF16"),
-        (json!({}), wide, h200(), "heads are 256 wide"),
         (
             one_gib,
             small,
