@@ -10,11 +10,12 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment, LLMDeploymentSpec, Model,
-    Resources, Rollout, SecretKey, Storage, Workload,
+    Accelerators, AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment,
+    LLMDeploymentSpec, Model, Resources, Rollout, Scaling, SecretKey, Slo, Storage, Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
+    ReplicaCapacity, ScalingDecision, ScalingStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.
@@ -23,6 +24,8 @@ pub const NAME_CHARACTERS_MAX: usize = 53;
 pub const REPLICAS_MAX: u32 = 1000;
 /// Rejected candidates kept in status.
 pub const REJECTED_MAX: usize = 8;
+/// Decisions of the scaling loop kept in status.
+pub const DECISIONS_MAX: usize = 5;
 /// Characters of any sentence in status; longer ones are cut by [`bounded`].
 pub const SENTENCE_CHARACTERS_MAX: usize = 1024;
 

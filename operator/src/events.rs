@@ -32,6 +32,7 @@ pub fn transitions(
             events.push(event(kind, &is.reason, "Serve", is.message));
         }
     }
+    events.extend(scaled(before, after));
     let was = held(before, ConditionType::Stalled);
     if let Some(is) = held(Some(after), ConditionType::Stalled)
         && was.is_none_or(|was| was.reason != is.reason)
@@ -39,6 +40,19 @@ pub fn transitions(
         events.push(event(EventType::Warning, &is.reason, "Stall", is.message));
     }
     events
+}
+
+/// What the scaling loop decided, or what keeps it from deciding.
+fn scaled(before: Option<&LLMDeploymentStatus>, after: &LLMDeploymentStatus) -> Option<Event> {
+    let before = before?.scaling.as_ref()?;
+    let after = after.scaling.as_ref()?;
+    if let Some(last) = after.recent.first().filter(|last| Some(*last) != before.recent.first()) {
+        let note = format!("{} to {} replicas: {}", last.from, last.to, last.why);
+        return Some(event(EventType::Normal, "Scaled", "Scale", note));
+    }
+    let limit = after.limit.as_ref().filter(|_| after.limit != before.limit)?;
+    let note = format!("{} replicas, and no more: {limit}", after.desired);
+    Some(event(EventType::Warning, "ScalingLimited", "Scale", note))
 }
 
 fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {

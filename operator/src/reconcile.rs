@@ -11,7 +11,7 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{LLMDeployment, Reason};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, Reason, ScalingStatus};
 use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
@@ -23,8 +23,9 @@ use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
 use crate::plan::{self, Neighbours, Update};
 use crate::revision::{self, Content, Revision};
+use crate::scale::{self, Advices};
 use crate::spec::{Source, Spec};
-use crate::status::{self, Findings, Said};
+use crate::status::{self, Findings, Said, Scaled};
 use crate::{events, fields, neighbours, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
@@ -41,6 +42,8 @@ pub struct Context {
     /// The only one that is watched, or the whole cluster.
     pub namespace: Option<String>,
     pub caches: Arc<Caches>,
+    /// What the scaling loop decided.
+    pub advices: Arc<Advices>,
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
@@ -58,6 +61,10 @@ struct Pass {
     /// The revision whose children stand after this pass.
     revision: Option<Revision>,
     revision_is_current: bool,
+    /// Pods to run, and what keeps them from being more.
+    replicas: u32,
+    held_to: Option<String>,
+    scaling: Option<ScalingStatus>,
     /// When to look again without being told.
     again: Option<Duration>,
 }
@@ -79,7 +86,13 @@ pub async fn reconcile(
 
 async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, ApplyError> {
     let identity = Identity::of(object);
-    let mut pass = Pass::default();
+    let heeded = heed(object, &identity, context).await?;
+    let object = heeded.as_ref().unwrap_or(object);
+    let mut pass = Pass {
+        replicas: u32::try_from(object.spec.replicas).unwrap_or(0),
+        scaling: object.status.as_ref().and_then(|status| status.scaling.clone()),
+        ..Pass::default()
+    };
     let outcome = match Spec::parse(object) {
         Ok(spec) => forward(object, &spec, &identity, context, &mut pass).await,
         Err(error) => {
@@ -104,6 +117,26 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
     Ok(again.map_or_else(Action::await_change, Action::requeue))
 }
 
+/// A decision of the scaling loop is written down before anything follows from it, so that an operator which ends in
+/// between goes on from it. The object as it stands then; none where there is no such decision.
+async fn heed(
+    object: &LLMDeployment,
+    identity: &Identity,
+    context: &Context,
+) -> Result<Option<LLMDeployment>, ApplyError> {
+    let Some(before) = object.status.as_ref().filter(|status| status.scaling.is_some()) else {
+        return Ok(None);
+    };
+    let advice = context.advices.of(&identity.uid).and_then(|advice| advice.scaling);
+    if object.spec.scaling.is_none() || advice.is_none() || advice == before.scaling {
+        return Ok(None);
+    }
+    let status = LLMDeploymentStatus { scaling: advice, ..before.clone() };
+    context.writer().write_status(identity, &status).await?;
+    events::publish(&context.recorder, object, &events::transitions(Some(before), &status)).await;
+    Ok(Some(LLMDeployment { status: Some(status), ..object.clone() }))
+}
+
 /// From a valid spec to the children.
 async fn forward(
     object: &LLMDeployment,
@@ -118,6 +151,14 @@ async fn forward(
     let answering = revision::answering(&revisions, &digest);
     let deployed = revision::deployed_hash(seen.deployment.as_deref());
 
+    let deployed_replicas = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
+    let deployed_replicas = deployed_replicas.and_then(|count| u32::try_from(count).ok());
+    pass.scaling = spec.scaling.map(|scaling| {
+        let advice = context.advices.of(&identity.uid);
+        scale::standing(&scaling, advice.as_ref(), pass.scaling.as_ref(), deployed_replicas)
+    });
+    (pass.replicas, pass.held_to) = scale::replicas(spec, pass.scaling.as_ref(), None);
+
     let decided = match (barred(spec, &context.settings), answering) {
         (Some(barred), _) => {
             pass.trouble = Some(barred);
@@ -131,7 +172,9 @@ async fn forward(
     pass.revision_is_current = current.is_some();
     pass.revision = current.or(revision::running(&revisions, deployed)).cloned();
     if let Some(standing) = &pass.revision {
-        let replicas = if spec.suspend { 0 } else { spec.replicas };
+        let plan = &standing.content.plan;
+        let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), Some(plan));
+        (pass.replicas, pass.held_to) = (replicas, held_to);
         if within_bounds(standing, identity, &context.settings) || fewer(&seen, replicas) {
             stand(standing, replicas, identity, context).await?;
         }
@@ -333,7 +376,7 @@ async fn tell(
     pass: &Pass,
 ) -> Result<(), ApplyError> {
     let seen = context.caches.observe(&identity.namespace, &identity.name);
-    let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
+    let advice = context.advices.of(&identity.uid);
     let found = Findings {
         namespace: &identity.namespace,
         name: &identity.name,
@@ -345,7 +388,12 @@ async fn tell(
         revision: pass.revision.as_ref(),
         revision_is_current: pass.revision_is_current,
         suspended: object.spec.suspend,
-        replicas: if object.spec.suspend { 0 } else { replicas },
+        replicas: if object.spec.suspend { 0 } else { pass.replicas },
+        held_to: pass.held_to.as_deref(),
+        scaling: object.spec.scaling.is_some().then(|| Scaled {
+            status: pass.scaling.clone(),
+            said: advice.and_then(|advice| advice.said),
+        }),
         pods: &seen.pods,
         deployment: seen.deployment.as_deref(),
     };

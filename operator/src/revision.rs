@@ -64,6 +64,7 @@ pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");
     fields.shift_remove("replicas");
+    fields.shift_remove("scaling");
     fields.shift_remove("suspend");
     digest(&value, 16)
 }

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use futures::StreamExt;
+use futures::channel::mpsc;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
 use kube::runtime::events::{Recorder, Reporter};
@@ -31,6 +32,10 @@ use crate::leader::{self, Leader};
 use crate::metrics::Metrics;
 use crate::observe::{self, Caches, Triggers};
 use crate::reconcile::{Context, reconcile};
+use crate::scale::Advices;
+use crate::scale::decide::Tempo;
+use crate::scale::prometheus::{Prometheus, PrometheusArgs};
+use crate::scale::watch::{self as scaling, Scaler};
 
 /// The operator waits more than it computes; two threads keep it small.
 const WORKER_THREADS: usize = 2;
@@ -69,6 +74,8 @@ pub struct RunArgs {
     /// Who holds the Lease [default: host name and process number]
     #[arg(long, value_name = "NAME", env = "POD_NAME")]
     pub identity: Option<String>,
+    #[command(flatten)]
+    pub prometheus: PrometheusArgs,
     /// How to log; auto is text on a terminal and JSON elsewhere
     #[arg(long, value_enum, default_value_t = LogFormat::Auto)]
     pub log_format: LogFormat,
@@ -116,6 +123,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         .push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(agent)));
     let home = options.lease_namespace.clone().unwrap_or(config.default_namespace.clone());
     let client = Client::try_from(config).context("no client for the cluster")?;
+    let prometheus = Prometheus::of(&options.prometheus)?;
     let identity = options.identity.clone().unwrap_or_else(process_identity);
     let served = Arc::new(Served { metrics: Arc::new(Metrics::new()), caches: OnceLock::new() });
     serve(options.listen, served.clone()).await?;
@@ -127,15 +135,30 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         leader = leader::acquire(leases, &options.lease_name, &identity) => leader,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
-    let (caches, triggers) = observe::start(&client, options.namespace.as_deref());
+    let (caches, mut triggers) = observe::start(&client, options.namespace.as_deref());
     served.caches.set(caches.clone()).ok().expect("set once");
     let reporter =
         Reporter { controller: "plimsoll.dev/operator".to_owned(), instance: Some(identity) };
+    let advices = Arc::new(Advices::default());
+    let (scaled, news) = mpsc::channel(scaling::TRIGGERS_MAX);
+    triggers.push(news.map(Ok).boxed());
+    let scaler = Scaler {
+        prometheus,
+        tempo: Tempo { interval_seconds: options.prometheus.scaling_interval.into() },
+        client: client.clone(),
+        caches: caches.clone(),
+        metrics: served.metrics.clone(),
+        advices: advices.clone(),
+        triggers: scaled,
+        watched: HashMap::new(),
+        quotas: HashMap::new(),
+    };
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         client,
         namespace: options.namespace,
         caches,
+        advices,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
         settings: Settings {
@@ -144,7 +167,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
             hub_endpoint: options.hub_endpoint,
         },
     });
-    lead(&mut leader, context, triggers, stop).await?;
+    lead(&mut leader, context, scaler, triggers, stop).await?;
     leader.release().await;
     Ok(())
 }
@@ -153,6 +176,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
 async fn lead(
     leader: &mut Leader,
     context: Arc<Context>,
+    scaler: Scaler,
     triggers: Triggers,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
@@ -163,6 +187,7 @@ async fn lead(
         tokio::time::sleep(STOP_GRACE).await;
     };
     tokio::select! {
+        () = scaling::run(scaler) => unreachable!("the scaling loop has no end"),
         () = control(context, triggers, stop) => Ok(()),
         lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
         () = overdue => Ok(()),
@@ -238,7 +263,7 @@ fn name(meta: &ObjectMeta) -> String {
 }
 
 /// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

@@ -9,7 +9,9 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{ConditionType, LLMDeploymentStatus, ModelStatus, Reason, bounded};
+use plimsoll_crds::{
+    ConditionType, LLMDeploymentStatus, ModelStatus, Reason, ScalingStatus, bounded,
+};
 
 use crate::desired::names;
 use crate::facts::Model;
@@ -57,8 +59,19 @@ pub struct Findings<'a> {
     pub suspended: bool,
     /// Pods that the spec asks for; zero while suspended.
     pub replicas: u32,
+    /// What keeps them from being as many as the spec asks for.
+    pub held_to: Option<&'a str>,
+    /// None where the number of replicas is left to the spec.
+    pub scaling: Option<Scaled>,
     pub pods: &'a [Arc<Pod>],
     pub deployment: Option<&'a Deployment>,
+}
+
+/// What the scaling loop made of the object.
+pub struct Scaled {
+    pub status: Option<ScalingStatus>,
+    /// None before the loop had anything to say; what was said before then stays.
+    pub said: Option<Said>,
 }
 
 /// The status that tells `found`. Times of conditions that did not change come from `before`.
@@ -70,10 +83,11 @@ pub fn compute(
     let hash = found.revision.map(|revision| revision.hash.as_str());
     let engines = pods::engines(found.pods, hash, now.0);
     let said = conditions(found, &engines);
-    let conditions = said
+    let mut conditions: Vec<Condition> = said
         .into_iter()
         .map(|(kind, said)| condition(kind, said, found.generation, before, now))
         .collect();
+    conditions.extend(found.scaling.as_ref().map(|scaled| scaling(scaled, found, before, now)));
     LLMDeploymentStatus {
         observed_generation: found.generation,
         conditions,
@@ -87,6 +101,28 @@ pub fn compute(
             .map(model)
             .or_else(|| found.revision.map(|revision| revision.content.model.clone())),
         plan: found.revision.map(|revision| revision.content.plan.clone()),
+        scaling: found.scaling.as_ref().and_then(|scaled| scaled.status.clone()),
+    }
+}
+
+/// An operator that has just started has not looked at Prometheus yet, and leaves what its forerunner said.
+fn scaling(
+    scaled: &Scaled,
+    found: &Findings<'_>,
+    before: Option<&LLMDeploymentStatus>,
+    now: &Time,
+) -> Condition {
+    let kind = ConditionType::ScalingActive;
+    let earlier = || {
+        let held = before?.conditions.iter().find(|held| held.type_ == kind.name())?;
+        Some(Condition { observed_generation: found.generation, ..held.clone() })
+    };
+    match (&scaled.said, earlier()) {
+        (None, Some(earlier)) => earlier,
+        (said, _) => {
+            let said = said.clone().unwrap_or_else(|| Said::unknown("no pod was looked at yet"));
+            condition(kind, said, found.generation, before, now)
+        }
     }
 }
 
@@ -184,13 +220,16 @@ fn ready(found: &Findings<'_>, parts: [&Said; 4], engines: &Engines) -> Said {
         return Said::no(Reason::Suspended, "spec.suspend is true");
     }
     if found.replicas == 0 {
-        return Said::no(Reason::ScaledToZero, "spec.replicas is 0");
+        return Said::no(Reason::ScaledToZero, found.held_to.unwrap_or("spec.replicas is 0"));
     }
     if !found.revision_is_current {
         return Said::no(Reason::Accepted, "the revision for this spec is being made");
     }
     if loaded.holds == Some(true) {
-        let message = format!("{} of {} replicas answer", engines.ready, found.replicas);
+        let mut message = format!("{} of {} replicas answer", engines.ready, found.replicas);
+        if let Some(why) = found.held_to {
+            message.push_str(&format!("; they are no more because {why}"));
+        }
         return Said::yes(Reason::Serving, message);
     }
     // What an engine said about itself tells more than that a pod is missing.

@@ -3,12 +3,15 @@
 
 #![allow(clippy::unwrap_used)] // Functions that stories share are tests too.
 
+#[path = "end_to_end/scaling.rs"]
+mod scaling;
+
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use plimsoll_tests::cluster::{Node, Prometheus, Shared, shared_node, wait_until};
+use plimsoll_tests::cluster::{Node, PROMETHEUS_TLS, Prometheus, Shared, shared_node, wait_until};
 use plimsoll_tests::http::Answer;
 use plimsoll_tests::hub::{self, Hub, Repository};
 use plimsoll_tests::install;
@@ -30,7 +33,12 @@ fn installed() -> Option<Shared<Node>> {
     let node = shared_node()?;
     let told = INSTALLED.get_or_init(|| {
         let hub = format!("hubEndpoint=http://{HUB}");
-        install::install(&node, &[&hub]).map_err(|error| format!("{error:#}"))
+        // Every namespace has the cluster's authority in this ConfigMap.
+        let prometheus = format!("prometheus.address={PROMETHEUS_TLS}");
+        let authority = "prometheus.caConfigMap.name=kube-root-ca.crt";
+        let interval = format!("prometheus.intervalSeconds={}", scaling::interval_seconds());
+        install::install(&node, &[&hub, &prometheus, authority, &interval])
+            .map_err(|error| format!("{error:#}"))
     });
     assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
     Some(node)

@@ -31,9 +31,12 @@ fn spec(fields: Value) -> LLMDeploymentSpec {
 #[test]
 fn only_what_makes_another_pod_makes_another_digest() {
     let base = spec_digest(&spec(json!({})));
-    for same in
-        [json!({"replicas": 7}), json!({"suspend": true}), json!({"replicas": 0, "suspend": false})]
-    {
+    for same in [
+        json!({"replicas": 7}),
+        json!({"suspend": true}),
+        json!({"replicas": 0, "suspend": false}),
+        json!({"scaling": {"max": 4}}),
+    ] {
         assert_eq!(spec_digest(&spec(same.clone())), base, "{same}");
     }
     for other in [

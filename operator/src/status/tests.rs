@@ -61,6 +61,8 @@ fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentS
         revision_is_current: true,
         suspended: false,
         replicas,
+        held_to: None,
+        scaling: None,
         pods,
         deployment: None,
     };
@@ -172,6 +174,8 @@ fn a_condition_keeps_its_time_until_its_status_turns() {
             revision_is_current: true,
             suspended: false,
             replicas: 1,
+            held_to: None,
+            scaling: None,
             pods,
             deployment: None,
         };
