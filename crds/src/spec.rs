@@ -95,7 +95,7 @@ pub struct LLMDeploymentSpec {
     pub replicas: i32,
 
     /// Let Plimsoll choose the number of replicas, from what Prometheus knows of the engines. It overrides `replicas`, and
-    /// is written nowhere but in `status.scaling`. Absent: as many as `replicas` says.
+    /// is written nowhere but in `status.scaling`; docs/scaling.md says how it decides. Absent: as many as `replicas` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scaling: Option<Scaling>,
 
@@ -244,7 +244,7 @@ pub struct Accelerators {
     pub max_gpus: Option<i32>,
 }
 
-/// Between how many replicas, and after which aims, the number is chosen. `docs/scaling.md` says how.
+/// Between how many replicas, and after which aims, the number is chosen.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(self.min) || self.min <= self.max")

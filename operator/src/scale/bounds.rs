@@ -158,7 +158,9 @@ mod tests {
         );
         assert_eq!(under(std::slice::from_ref(&gpus)).max, 5);
         assert!(
-            under(&[gpus.clone()]).max_because.contains("team allows 5 of requests.nvidia.com/gpu")
+            under(std::slice::from_ref(&gpus))
+                .max_because
+                .contains("team allows 5 of requests.nvidia.com/gpu")
         );
         let memory =
             quota(json!({"limits.memory": "7Gi", "cpu": "10"}), json!({"limits.memory": "6Gi"}));

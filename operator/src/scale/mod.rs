@@ -117,7 +117,7 @@ fn decided(
     let why = bounded(why);
     let last =
         ScalingDecision { at: time(now), from: before.desired, to: number(to), why: why.clone() };
-    let earlier = before.recent.iter().cloned().take(DECISIONS_MAX - 1);
+    let earlier = before.recent.iter().take(DECISIONS_MAX - 1).cloned();
     ScalingStatus {
         desired: number(to),
         why,

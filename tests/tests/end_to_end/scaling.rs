@@ -138,6 +138,41 @@ fn replicas_follow_real_load_up_and_down_and_no_request_is_lost() {
     assert!(events.contains("1 to 2 replicas") && events.contains("wait per replica"), "{events}");
 }
 
+/// A HorizontalPodAutoscaler without metrics still keeps its bounds, which takes our scale subresource both ways.
+#[test]
+fn an_hpa_and_kubectl_scale_reach_the_object_through_its_scale() {
+    let Some(node) = super::installed() else { return };
+    let stage = Stage::new(&node, "outside").unwrap();
+    stage.claim_with("models", "plim", &install::root().join("tests/model")).unwrap();
+    let five_lines = "{apiVersion: plimsoll.dev/v1alpha1, kind: LLMDeployment, metadata: {name: plim}, \
+                      spec: {model: {source: 'pvc://models/plim'}}}";
+    stage.apply(five_lines).unwrap();
+    stage.wait_ready("plim").unwrap();
+    let scale_is = |count: u64| {
+        let reached = wait_until(&format!("{count} replicas"), Duration::from_secs(60), || {
+            let asked = stage.get(&["llmd", "plim"])?["spec"]["replicas"].as_u64();
+            let deployed = stage.get(&["deployment", "plim"])?["spec"]["replicas"].as_u64();
+            Ok(([asked, deployed] == [Some(count), Some(count)]).then_some(()))
+        });
+        reached.unwrap();
+    };
+    stage.run(&["scale", "llmd/plim", "--replicas=2"]).unwrap();
+    scale_is(2);
+    let target =
+        json!({"apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment", "name": "plim"});
+    let metric = json!({"type": "Resource", "resource":
+        {"name": "cpu", "target": {"type": "Utilization", "averageUtilization": 80}}});
+    let autoscaler = json!({"apiVersion": "autoscaling/v2", "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": "plim"}, "spec":
+        {"scaleTargetRef": target, "minReplicas": 3, "maxReplicas": 4, "metrics": [metric]}});
+    stage.apply(&autoscaler.to_string()).unwrap();
+    scale_is(3);
+    let held = stage.get(&["hpa", "plim"]).unwrap();
+    let able = condition(&held, "AbleToScale").unwrap();
+    assert_eq!(able["status"], "True", "{held:#}");
+    assert_eq!(held["status"]["desiredReplicas"], 3, "{held:#}");
+}
+
 /// What one pod finishes per second, measured by giving it more than it can do.
 fn measure_one(traffic: &Traffic) -> f64 {
     traffic.set(12.0);
@@ -162,42 +197,49 @@ fn soak_a_step_leads_to_three_replicas_and_back_with_no_flapping_under_noise() {
     let address = stage.service("plim").unwrap();
     let connect = || stage.connect(address);
     let mut figures = String::from("seconds,requests_per_second,desired,ready,ttft_ms\n");
-    let mut noise_decisions = 0;
-    with_prometheus(&stage, || {
+    let mut told = String::new();
+    let mut outcome = None;
+    let lost = with_prometheus(&stage, || {
         let one = with_traffic(&connect, PATH, &body(), measure_one);
-        eprintln!("one replica finishes {one:.2} requests/s");
+        writeln!(told, "one replica finishes {one:.2} requests/s").expect("memory takes it");
         stage.apply(&limited(4, 120)).unwrap();
         with_traffic(&connect, PATH, &body(), |traffic| {
-            let mut watch = |seconds: u64, rate: &mut dyn FnMut(u64) -> f64| {
+            let mut watch = |what: &str, seconds: u64, rate: &mut dyn FnMut(u64) -> f64| {
                 let began = Instant::now();
                 while began.elapsed() < Duration::from_secs(seconds) {
                     traffic.set(rate(began.elapsed().as_secs()));
                     std::thread::sleep(Duration::from_secs(5));
                     note(&mut figures, &stage, traffic);
                 }
-                decisions(&stage)
+                let now = (replicas(&stage), decisions(&stage));
+                writeln!(told, "{what}: {now:?}").expect("memory takes it");
+                now
             };
-            let low = watch(120, &mut |_| 0.3 * one);
-            assert_eq!(low, [], "one is enough");
-            let high = watch(300, &mut |_| 2.0 * one);
-            assert_eq!(replicas(&stage), (3, 3), "{high:?}");
+            let low = watch("low", 90, &mut |_| 0.3 * one);
+            let high = watch("high", 240, &mut |_| 2.0 * one);
             // Every 10 s another rate, from 1.6 to 2.2 times what one finishes.
             let mut seed = 7u64;
-            let noisy = watch(600, &mut |at| {
-                if at.is_multiple_of(10) {
+            let mut drawn = 0;
+            let noisy = watch("noise", 600, &mut |at| {
+                if at / 10 >= drawn {
+                    drawn += 1;
                     seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 }
                 one * (1.6 + 0.6 * (seed >> 33) as f64 / (1u64 << 31) as f64)
             });
-            noise_decisions = noisy.len() - high.len();
-            let low = watch(420, &mut |_| 0.3 * one);
-            assert_eq!(replicas(&stage), (1, 1), "{low:?}");
-            assert!(traffic.lost().is_empty(), "{:#?}", traffic.lost());
-        });
+            let back = watch("back", 330, &mut |_| 0.3 * one);
+            outcome = Some([low, high, noisy, back]);
+            traffic.lost()
+        })
     });
+    eprintln!("{told}{}", stage.run(&["get", "llmd", "plim", "--output=yaml"]).unwrap());
     std::fs::write(PathBuf::from(target), &figures).unwrap();
-    eprintln!("{:?}", decisions(&stage));
-    assert_eq!(noise_decisions, 0, "it flapped: {:?}", decisions(&stage));
+    let [low, high, noisy, back] = outcome.unwrap();
+    assert!(lost.is_empty(), "{lost:#?}");
+    assert_eq!((low.0, low.1), ((1, 1), vec![]), "one is enough");
+    assert_eq!(high.0, (3, 3), "{told}");
+    assert_eq!(noisy, high, "it flapped: {told}");
+    assert_eq!(back.0, (1, 1), "{told}");
 }
 
 fn note(figures: &mut String, stage: &Stage<'_>, traffic: &Traffic) {
