@@ -229,6 +229,18 @@ mod tests {
     }
 
     #[test]
+    fn what_piled_up_in_one_pod_counts_to_a_bound_and_makes_no_percentile() {
+        let mut slow = Buckets::default();
+        slow.set(80.0, 100.0);
+        let piled = Told { ttft: slow.clone(), ..told(&[9.0, 0.0, 300.0], &[4.0]) };
+        let calm = Told { ttft: slow, ..told(&[8.0, 0.0], &[4.0]) };
+        let of = |told: &Told| gather(&[told], Pods::default(), 8, TEMPO);
+        assert_eq!((of(&piled).waiting, of(&piled).waiting_counted), (300.0, 16.0));
+        assert_eq!(of(&piled).ttft_seconds, None);
+        assert_eq!(of(&calm).ttft_seconds, Some(72.0));
+    }
+
+    #[test]
     fn two_scrape_jobs_of_one_pod_count_its_requests_once() {
         let mut twice = Buckets::default();
         twice.set(1.0, 7.0);

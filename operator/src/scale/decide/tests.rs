@@ -126,6 +126,42 @@ fn a_queue_that_shrinks_is_left_to_shrink() {
 }
 
 #[test]
+fn a_full_queue_that_refuses_does_not_count_as_shrinking() {
+    let mut desk = desk(2, 12.0, 16.0, 1.0);
+    desk.signals.growth_per_second = -0.5;
+    desk.signals.refused_per_second = 0.2;
+    assert_eq!(desk.moves_within(0).unwrap().0, 4);
+}
+
+#[test]
+fn a_rise_for_lateness_is_not_taken_back_at_the_same_load() {
+    let mut desk = desk(4, 0.0, 2.0, 1.0);
+    desk.signals.ttft_seconds = Some(2.4);
+    assert_eq!(desk.moves_within(0).unwrap().0, 5);
+    // In time now, and idle but for the arrivals that four were late under.
+    (desk.signals.ready, desk.signals.reporting) = (5, 5);
+    desk.signals.ttft_seconds = Some(0.5);
+    assert_eq!(desk.moves_within(3000), None);
+    desk.signals.finished_per_second = 2.9;
+    assert_eq!(desk.moves_within(330).unwrap().0, 4, "2.9/s are within 75 % of 4 × 1/s");
+}
+
+#[test]
+fn what_one_carries_moves_a_quarter_of_the_way_towards_what_full_ones_finish() {
+    let mut desk = desk(2, 1.0, 16.0, 1.0);
+    desk.kept.capacity = carries(2.0);
+    desk.signals.full_finishes = Some(1.0);
+    desk.look();
+    assert_eq!(desk.seen.capacity.unwrap().requests_per_second, 1.75);
+    desk.signals.full_finishes = None;
+    desk.look();
+    assert_eq!(desk.seen.capacity.unwrap().requests_per_second, 1.75, "1/s each is no news");
+    desk.signals.finished_per_second = 4.0;
+    desk.look();
+    assert_eq!(desk.seen.capacity.unwrap().requests_per_second, 1.8125, "2/s each can be done");
+}
+
+#[test]
 fn late_answers_add_replicas_and_name_the_percentile_and_the_slo() {
     let mut ttft = desk(4, 0.0, 8.0, 1.0);
     ttft.signals.ttft_seconds = Some(2.4);
@@ -188,6 +224,9 @@ fn fewer_must_be_in_time_too_unless_each_would_have_one_request() {
     assert_eq!(desk.moves_within(2000), None, "twice as dense is 100 ms > 90 % of 100 ms");
     desk.signals.tpot_seconds = Some(0.04);
     assert_eq!(desk.moves_within(1000).unwrap().0, 1);
+    let mut cached = self::desk(2, 0.0, 2.0, 0.1);
+    cached.signals.cache_usage = 0.4;
+    assert_eq!(cached.moves_within(2000), None, "one cache would be 80 % full");
     let mut alone = self::desk(2, 0.0, 0.5, 0.1);
     alone.signals.tpot_seconds = Some(0.09);
     assert_eq!(alone.moves_within(1000).unwrap().0, 1, "one request is as fast on one replica");
