@@ -16,7 +16,9 @@ use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
 use crate::desired::model::Place;
-use crate::desired::{self, Identity, Settings, deployment, pod, reach};
+use crate::desired::{
+    self, Children, Identity, Settings, Surroundings, deployment, pod, protection, reach,
+};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::metrics::Metrics;
@@ -101,7 +103,8 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         }
     };
     if let Err(error) = outcome {
-        let first = object.status.is_none();
+        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
+        let first = seen.is_none();
         if let Err(error) = pass.stopped_by(error) {
             // What serves goes on serving while the API server has trouble; only a new object must not stay silent.
             if first {
@@ -175,9 +178,11 @@ async fn forward(
         let plan = &standing.content.plan;
         let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), Some(plan));
         (pass.replicas, pass.held_to) = (replicas, held_to);
+        let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
         if within_bounds(standing, identity, &context.settings) || fewer(&seen, replicas) {
-            stand(standing, replicas, identity, context).await?;
+            stand(standing, around, identity, context).await?;
         }
+        release(spec, &seen, context).await?;
         if pass.revision_is_current {
             let engines = pods::engines(&seen.pods, Some(&standing.hash), now().0);
             let settled = engines.settled(replicas);
@@ -332,13 +337,13 @@ async fn rehearsed(
 /// Children from the revision and nothing else.
 async fn stand(
     revision: &Revision,
-    replicas: u32,
+    around: Surroundings<'_>,
     identity: &Identity,
     context: &Context,
 ) -> Result<(), ApplyError> {
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
-    let children = desired::children(identity, revision, replicas);
+    let children = desired::children(identity, revision, around);
     let budget = async {
         match &children.disruption_budget {
             Some(budget) => writer.apply(budget, owner).await.map(drop),
@@ -347,8 +352,52 @@ async fn stand(
     };
     let account = writer.apply(&children.service_account, owner);
     let service = writer.apply(&children.service, owner);
-    tokio::try_join!(account, service, budget)?;
-    writer.apply(&children.deployment, owner).await.map(drop)
+    let policy = writer.apply(&children.network_policy, owner);
+    tokio::try_join!(account, service, policy, budget)?;
+    writer.apply(&children.deployment, owner).await?;
+    monitor(&children, owner, context).await
+}
+
+/// Monitors and rules, where the cluster knows these kinds. That nobody watches keeps no model from serving.
+async fn monitor(
+    children: &Children,
+    owner: Owner<'_>,
+    context: &Context,
+) -> Result<(), ApplyError> {
+    let writer = context.writer();
+    let monitors = async {
+        match context.caches.pod_monitors.is_served() {
+            true => writer.apply(&children.pod_monitor, owner).await,
+            false => Ok(false),
+        }
+    };
+    let rules = async {
+        match context.caches.prometheus_rules.is_served() {
+            true => writer.apply(&children.prometheus_rule, owner).await,
+            false => Ok(false),
+        }
+    };
+    let (monitors, rules) = tokio::join!(monitors, rules);
+    for done in [monitors, rules] {
+        match done {
+            Err(error @ (ApplyError::Foreign { .. } | ApplyError::Refused { .. })) => {
+                tracing::warn!(%error, "nobody watches over this object");
+            }
+            done => drop(done?),
+        }
+    }
+    Ok(())
+}
+
+/// Pods that have come to answer are protected no more.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
+    if protection::is_the_users(spec) {
+        return Ok(());
+    }
+    for pod in protection::over(&seen.pods, &seen.nodes) {
+        context.writer().release(pod.as_ref()).await?;
+    }
+    Ok(())
 }
 
 /// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.

@@ -16,7 +16,7 @@ use crate::fields::digest;
 use crate::plan::Update;
 
 /// Says by which renderer a revision was made. Never compared: an old template is as good as a new one.
-pub const TEMPLATE_VERSION: u32 = 1;
+pub const TEMPLATE_VERSION: u32 = 2;
 /// Revisions kept beside the one that runs, so that going back needs no new plan.
 pub const HISTORY_MAX: usize = 5;
 
@@ -25,7 +25,7 @@ pub const HISTORY_MAX: usize = 5;
 #[serde(rename_all = "camelCase")]
 pub struct Content {
     pub template_version: u32,
-    /// Digest of the spec it answers to, without what scales or suspends.
+    /// Digest of the spec it answers to, without what scales, suspends or lets clients in.
     pub spec_digest: String,
     /// Key of the model source, so that its download is kept while this revision runs.
     pub model_key: String,
@@ -59,13 +59,14 @@ pub struct Revision {
     pub content: Content,
 }
 
-/// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, not what.
+/// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, the network who
+/// reaches them.
 pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");
-    fields.shift_remove("replicas");
-    fields.shift_remove("scaling");
-    fields.shift_remove("suspend");
+    for field in ["replicas", "scaling", "suspend", "network"] {
+        fields.shift_remove(field);
+    }
     digest(&value, 16)
 }
 

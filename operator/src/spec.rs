@@ -6,7 +6,7 @@ use std::fmt;
 
 use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec};
+use plimsoll_crds::{AccessMode, Amount, CacheDtype, Clients, LLMDeployment, LLMDeploymentSpec};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -59,6 +59,8 @@ pub struct Spec {
     pub storage: Storage,
     pub budget: Budget,
     pub drain_seconds: u32,
+    /// Who may reach the engine, where the object says.
+    pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
 }
@@ -177,6 +179,7 @@ impl Door {
             storage,
             resources,
             rollout,
+            network,
             suspend,
             pod_template,
         } = &object.spec;
@@ -235,6 +238,7 @@ impl Door {
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
+            clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
             name,

@@ -321,4 +321,6 @@ pub fn overlay_not_allowed(field: &str) -> Said {
 }
 
 #[cfg(test)]
+mod complaints;
+#[cfg(test)]
 mod tests;

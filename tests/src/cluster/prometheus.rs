@@ -76,9 +76,14 @@ impl<'node> Prometheus<'node> {
         Ok(Prometheus { node, daemon, url })
     }
 
+    /// Where it answers, inside the node.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
     /// The series an instant query brings.
     pub fn query(&self, expression: &str) -> Result<Vec<Value>> {
-        let url = format!("{}/api/v1/query", self.url);
+        let url = format!("{}/api/v1/query", self.url());
         let query = format!("query={expression}");
         let words = ["curl", "-skS", "--get", "--data-urlencode", &query, &url];
         let output = self.node.command(&words).output()?;
