@@ -14,12 +14,13 @@ pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
     Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
-    LLMDeploymentSpec, Model, Network, Resources, Rollout, Scaling, SecretKey, Slo, Storage,
-    Workload,
+    LLMDeploymentSpec, Model, Network, PlanApply, PlanPolicy, Resources, Rollout, Scaling,
+    SecretKey, Slo, Storage, Workload,
 };
 pub use status::{
-    CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
-    ReplicaCapacity, ScalingDecision, ScalingStatus,
+    CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
+    PlanCause, PlanChange, PlanStatus, RejectedStatus, ReplicaCapacity, ScalingDecision,
+    ScalingStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.
@@ -30,6 +31,8 @@ pub const REPLICAS_MAX: u32 = 1000;
 pub const REJECTED_MAX: usize = 8;
 /// Decisions of the scaling loop kept in status.
 pub const DECISIONS_MAX: usize = 5;
+/// Values that a plan's change lists.
+pub const CHANGES_MAX: usize = 24;
 /// Characters of any sentence in status; longer ones are cut by [`bounded`].
 pub const SENTENCE_CHARACTERS_MAX: usize = 1024;
 

@@ -1,6 +1,7 @@
 //! One reconcile: spec → observe → facts → plan → revision → desired → apply → status. This file holds the order of the
 //! steps and what each hands to the next; the steps themselves are the files of those names.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,20 +16,16 @@ use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, Reason, ScalingStatus};
 use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
-use crate::desired::model::Place;
-use crate::desired::{
-    self, Children, Identity, Settings, Surroundings, deployment, pod, protection, reach,
-};
-use crate::facts::{self, Model};
-use crate::inspect::{self, Wanted};
+use crate::decide::{self, Case};
+use crate::desired::{self, Children, Identity, Settings, Surroundings, protection, reach};
+use crate::measure::Measurements;
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
-use crate::plan::{self, Neighbours, Update};
-use crate::revision::{self, Content, Revision};
+use crate::revision::{self, Revision};
 use crate::scale::{self, Advices};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said, Scaled};
-use crate::{events, fields, neighbours, pods};
+use crate::{events, inspect, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -36,7 +33,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
 /// No watch tells when other pods leave a node.
-const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
+pub const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
+/// Objects of which is remembered what they were held against.
+const CONSIDERED_MAX: usize = 100_000;
 
 /// What every reconcile shares.
 pub struct Context {
@@ -51,24 +50,50 @@ pub struct Context {
     pub settings: Settings,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
+    pub considered: Considered,
+    pub measurements: Arc<Measurements>,
+}
+
+/// Which revision of which object was last held against which version of the nodes, so that a better plan is looked for only
+/// when nodes change. Lost with the process: then all are looked at once.
+#[derive(Default)]
+pub struct Considered(std::sync::Mutex<HashMap<String, (u64, String)>>);
+
+impl Considered {
+    pub fn holds(&self, uid: &str, mark: &(u64, String)) -> bool {
+        self.0.lock().expect("no holder panics").get(uid) == Some(mark)
+    }
+
+    pub fn note(&self, uid: &str, mark: (u64, String)) {
+        let mut marks = self.0.lock().expect("no holder panics");
+        // Nobody tells of objects that are gone.
+        if marks.len() >= CONSIDERED_MAX {
+            marks.clear();
+        }
+        marks.insert(uid.to_owned(), mark);
+    }
 }
 
 /// How far a pass came; what it hands to status.
 #[derive(Default)]
-struct Pass {
-    trouble: Option<Said>,
-    model: Option<Said>,
-    facts: Option<ModelFacts>,
-    planned: Option<Said>,
+pub struct Pass {
+    pub trouble: Option<Said>,
+    pub model: Option<Said>,
+    pub facts: Option<ModelFacts>,
+    pub planned: Option<Said>,
     /// The revision whose children stand after this pass.
-    revision: Option<Revision>,
-    revision_is_current: bool,
+    pub revision: Option<Revision>,
+    pub revision_is_current: bool,
+    /// A plan that waits for a person.
+    pub offered: Option<Revision>,
+    /// Engines run out of memory, and no other plan helps: with what figures.
+    pub exhausted: Option<String>,
     /// Pods to run, and what keeps them from being more.
-    replicas: u32,
-    held_to: Option<String>,
-    scaling: Option<ScalingStatus>,
+    pub replicas: u32,
+    pub held_to: Option<String>,
+    pub scaling: Option<ScalingStatus>,
     /// When to look again without being told.
-    again: Option<Duration>,
+    pub again: Option<Duration>,
 }
 
 pub async fn reconcile(
@@ -116,7 +141,7 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
     }
     tell(object, &identity, context, &pass).await?;
     let pods = context.caches.observe(&identity.namespace, &identity.name).pods;
-    let again = pass.again.into_iter().chain(pods::look_again(&pods, now().0)).min();
+    let again = pass.again.into_iter().chain(pods::look_again(&pods, context.now().0)).min();
     Ok(again.map_or_else(Action::await_change, Action::requeue))
 }
 
@@ -151,8 +176,9 @@ async fn forward(
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let revisions = revision::committed(&seen.revisions, &identity.uid);
     let digest = revision::spec_digest(&object.spec);
-    let answering = revision::answering(&revisions, &digest);
-    let deployed = revision::deployed_hash(seen.deployment.as_deref());
+    let standing = revision::standing_hash(object, seen.deployment.as_deref());
+    let standing = standing.as_deref();
+    let answering = revision::answering(&revisions, &digest, &spec.plan, standing);
 
     let deployed_replicas = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
     let deployed_replicas = deployed_replicas.and_then(|count| u32::try_from(count).ok());
@@ -162,32 +188,38 @@ async fn forward(
     });
     (pass.replicas, pass.held_to) = scale::replicas(spec, pass.scaling.as_ref(), None);
 
+    let (digest, seen, revisions) = (digest.as_str(), &seen, revisions.as_slice());
+    let case = Case { spec, digest, identity, seen, revisions, standing, context };
     let decided = match (barred(spec, &context.settings), answering) {
         (Some(barred), _) => {
             pass.trouble = Some(barred);
             Ok(None)
         }
-        (None, Some(revision)) => keep(spec, revision, identity, context, pass).await.map(Some),
-        (None, None) => decide(spec, digest, &revisions, identity, &seen, context, pass).await,
+        (None, Some(revision)) => decide::keep(&case, revision, pass).await.map(Some),
+        (None, None) => decide::decide(&case, pass).await,
     };
     // What cannot be decided anew leaves what runs in place, and in repair.
     let current = decided.as_ref().ok().and_then(Option::as_ref);
     pass.revision_is_current = current.is_some();
-    pass.revision = current.or(revision::running(&revisions, deployed)).cloned();
+    pass.revision = current.or(revision::running(revisions, standing)).cloned();
     if let Some(standing) = &pass.revision {
         let plan = &standing.content.plan;
         let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), Some(plan));
         (pass.replicas, pass.held_to) = (replicas, held_to);
         let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
-        if within_bounds(standing, identity, &context.settings) || fewer(&seen, replicas) {
+        if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
             stand(standing, around, identity, context).await?;
         }
-        release(spec, &seen, context).await?;
+        release(spec, seen, context).await;
+        forget(revisions, Some(&standing.name), identity, context).await?;
         if pass.revision_is_current {
-            let engines = pods::engines(&seen.pods, Some(&standing.hash), now().0);
+            let engines = pods::engines(&seen.pods, Some(&standing.hash), context.now().0);
             let settled = engines.settled(replicas);
-            tidy(standing, &revisions, settled, identity, context).await?;
+            let key = &standing.content.model_key;
+            inspect::belong(&context.writer(), identity, key, settled).await?;
         }
+    } else {
+        forget(revisions, None, identity, context).await?;
     }
     decided.map(|_| ())
 }
@@ -215,123 +247,6 @@ fn barred(spec: &Spec, settings: &Settings) -> Option<Said> {
     }
     let field = spec.pod_template.as_ref().and_then(reach::reaches_out)?;
     Some(status::overlay_not_allowed(&field))
-}
-
-/// The spec was decided on before: only its download is looked after.
-async fn keep(
-    spec: &Spec,
-    revision: &Revision,
-    identity: &Identity,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Revision, ApplyError> {
-    let Content { model, plan, storage_note, model_key, shared_download, .. } = &revision.content;
-    pass.planned = Some(Said::yes(Reason::PlanChosen, plan.why.as_str()));
-    pass.model = Some(status::model_ready(model, storage_note.as_deref()));
-    if *shared_download && inspect::is_lost(&context.caches, &identity.namespace, model_key) {
-        let place = Place::Download { key: model_key.clone() };
-        let commit = model.revision.as_deref();
-        let settings = &context.settings;
-        let wanted = Wanted { identity, spec, key: model_key, place: &place, commit, settings };
-        learn(&wanted, None, context, pass).await?;
-    }
-    Ok(revision.clone())
-}
-
-/// A spec without a revision: facts → plan → revision. None while the facts are not there, or nothing fits.
-async fn decide(
-    spec: &Spec,
-    digest: String,
-    revisions: &[Revision],
-    identity: &Identity,
-    seen: &Seen,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Option<Revision>, ApplyError> {
-    let key = facts::key(spec);
-    // Cordoned nodes and those kept for others take no pods.
-    let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
-    let (place, storage_note) = Place::choose(spec, &key, open);
-    let note = storage_note.as_deref();
-    let settings = &context.settings;
-    let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
-    let Some(facts) = learn(&wanted, note, context, pass).await? else { return Ok(None) };
-    let neighbours = neighbours::read(&context.client, context.namespace.as_deref(), identity)
-        .await
-        .map_err(|source| ApplyError::Neighbours { source })?;
-    let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let mut outcome = plan::plan(spec, &facts, &nodes);
-    let update = outcome.chosen.as_mut().map(|chosen| {
-        let (update, said) = plan::room(spec, chosen, &nodes);
-        chosen.why.push_str(&format!("; {said}"));
-        update
-    });
-    let Some(chosen) = &outcome.chosen else {
-        pass.again = (!neighbours.asked.is_empty()).then_some(NEIGHBOURS_AGAIN);
-        pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
-        pass.facts = Some(facts);
-        return Ok(None);
-    };
-    pass.planned = Some(Said::yes(Reason::PlanChosen, chosen.why.as_str()));
-    let inputs = pod::Inputs {
-        name: &identity.name,
-        spec,
-        plan: chosen,
-        facts: &facts,
-        place: &place,
-        settings: &context.settings,
-    };
-    let content = Content {
-        template_version: revision::TEMPLATE_VERSION,
-        spec_digest: digest,
-        model_key: key,
-        shared_download: matches!(place, Place::Download { .. }),
-        storage_note,
-        update: update.unwrap_or_default(),
-        model: status::model(&facts),
-        plan: plan::status(&outcome, chosen),
-        pod_template: match &spec.pod_template {
-            Some(_) => rehearsed(pod::template(&inputs), identity, context).await?,
-            None => pod::template(&inputs),
-        },
-    };
-    let next = revision::new(&identity.name, revisions, content);
-    let owner = Owner::Controller { uid: &identity.uid };
-    context.writer().create(&revision::wanted(identity, &next), owner).await?;
-    Ok(Some(next))
-}
-
-/// The facts of the model, or None and the reason in the pass.
-async fn learn(
-    wanted: &Wanted<'_>,
-    note: Option<&str>,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Option<ModelFacts>, ApplyError> {
-    let Wanted { identity, key, .. } = *wanted;
-    match inspect::step(&context.writer(), wanted).await? {
-        Model::Known(facts) | Model::Told(facts) => {
-            pass.model = Some(status::model_ready(&status::model(&facts), note));
-            Ok(Some(*facts))
-        }
-        missing => {
-            pass.again = inspect::again(&missing, &context.caches, &identity.namespace, key);
-            pass.model = Some(status::model_missing(&missing, key));
-            Ok(None)
-        }
-    }
-}
-
-/// A template with an overlay as the API server would store it, so that it can be compared with what is stored ever
-/// after. Without an overlay we write every field in that form ourselves.
-async fn rehearsed(
-    template: serde_json::Value,
-    identity: &Identity,
-    context: &Context,
-) -> Result<serde_json::Value, ApplyError> {
-    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge);
-    let answered = context.writer().rehearse(&trial).await?;
-    Ok(fields::settled(&template, &answered["spec"]["template"]))
 }
 
 /// Children from the revision and nothing else.
@@ -389,32 +304,32 @@ async fn monitor(
     Ok(())
 }
 
-/// Pods that have come to answer are protected no more.
-async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
+/// Pods that have come to answer are protected no more. Where that fails they serve all the same, and the next pass tries
+/// again.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) {
     if protection::is_the_users(spec) {
-        return Ok(());
+        return;
     }
     for pod in protection::over(&seen.pods, &seen.nodes) {
-        context.writer().release(pod.as_ref()).await?;
+        if let Err(error) = context.writer().release(pod.as_ref()).await {
+            tracing::warn!(%error, "a pod that answers is still protected");
+        }
     }
-    Ok(())
 }
 
-/// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.
-async fn tidy(
-    standing: &Revision,
+/// An end to revisions beyond the history.
+async fn forget(
     revisions: &[Revision],
-    settled: bool,
+    standing: Option<&str>,
     identity: &Identity,
     context: &Context,
 ) -> Result<(), ApplyError> {
-    let writer = context.writer();
-    for name in revision::to_forget(revisions, &standing.name) {
+    for name in revision::to_forget(revisions, standing) {
         if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
-            writer.delete(old.as_ref()).await?;
+            context.writer().delete(old.as_ref()).await?;
         }
     }
-    inspect::belong(&writer, identity, &standing.content.model_key, settled).await
+    Ok(())
 }
 
 /// Status as computed from what stands now, written where it changed, and the events of what turned.
@@ -436,6 +351,12 @@ async fn tell(
         planned: pass.planned.clone(),
         revision: pass.revision.as_ref(),
         revision_is_current: pass.revision_is_current,
+        offered: pass.offered.as_ref(),
+        exhausted: pass.exhausted.as_deref(),
+        measured: pass
+            .revision
+            .as_ref()
+            .and_then(|standing| context.measurements.of(&identity.uid, &standing.name)),
         suspended: object.spec.suspend,
         replicas: if object.spec.suspend { 0 } else { pass.replicas },
         held_to: pass.held_to.as_deref(),
@@ -447,7 +368,7 @@ async fn tell(
         deployment: seen.deployment.as_deref(),
     };
     let before = object.status.as_ref();
-    let status = status::compute(&found, before, &now());
+    let status = status::compute(&found, before, &context.now());
     if before == Some(&status) {
         return Ok(());
     }
@@ -457,14 +378,14 @@ async fn tell(
     Ok(())
 }
 
-/// Whole seconds, as the API keeps them.
-fn now() -> Time {
-    let now = Timestamp::now();
-    Time(now.round(Unit::Second).unwrap_or(now))
-}
-
 impl Context {
-    fn writer(&self) -> Writer<'_> {
+    /// Whole seconds, as the API keeps them.
+    pub fn now(&self) -> Time {
+        let now = Timestamp::now();
+        Time(now.round(Unit::Second).unwrap_or(now))
+    }
+
+    pub fn writer(&self) -> Writer<'_> {
         let Context { client, caches, metrics, sharing, .. } = self;
         Writer { client, caches, metrics, sharing }
     }

@@ -29,9 +29,10 @@ use tracing_subscriber::EnvFilter;
 use crate::apply::ApplyError;
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
+use crate::measure;
 use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
-use crate::reconcile::{Context, reconcile};
+use crate::reconcile::{Considered, Context, reconcile};
 use crate::scale::Advices;
 use crate::scale::decide::Tempo;
 use crate::scale::prometheus::{Prometheus, PrometheusArgs};
@@ -44,6 +45,8 @@ const RECONCILES_MAX: u16 = 16;
 /// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Objects with something measured that wait to be looked at.
+const NEWS_MAX: usize = 1024;
 /// What reconciles in flight get to finish after a signal.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
@@ -65,6 +68,9 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from [default: the public hub]
     #[arg(long, value_name = "URL")]
     pub hub_endpoint: Option<String>,
+    /// Seconds between two looks at what the engines of an object measure; 0: none
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub measure_seconds: u64,
     /// Who may reach engines whose spec.network does not say
     #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
     pub clients: ClientsArg,
@@ -193,6 +199,8 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         advices,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
+        considered: Considered::default(),
+        measurements: Arc::default(),
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,
@@ -202,7 +210,8 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
             monitor_labels: options.monitor_labels.into_iter().collect(),
         },
     });
-    lead(&mut leader, context, scaler, triggers, stop).await?;
+    let every = Duration::from_secs(options.measure_seconds);
+    lead(&mut leader, context, scaler, triggers, every, stop).await?;
     leader.release().await;
     Ok(())
 }
@@ -212,7 +221,8 @@ async fn lead(
     leader: &mut Leader,
     context: Arc<Context>,
     scaler: Scaler,
-    triggers: Triggers,
+    mut triggers: Triggers,
+    measure_every: Duration,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let mut stopped = stop.clone();
@@ -221,8 +231,18 @@ async fn lead(
         let _ = stopped.wait_for(|stop| *stop).await;
         tokio::time::sleep(STOP_GRACE).await;
     };
+    let (news, measured) = mpsc::channel(NEWS_MAX);
+    triggers.push(measured.map(Ok).boxed());
+    let (caches, measurements) = (context.caches.clone(), context.measurements.clone());
+    let measuring = async move {
+        if measure_every.is_zero() {
+            std::future::pending::<()>().await;
+        }
+        measure::run(caches, measurements, measure_every, news).await;
+    };
     tokio::select! {
         () = scaling::run(scaler) => unreachable!("the scaling loop has no end"),
+        () = measuring => Ok(()),
         () = control(context, triggers, stop) => Ok(()),
         lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
         () = overdue => Ok(()),
