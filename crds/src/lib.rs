@@ -15,11 +15,13 @@ pub use schema::Amount;
 pub use spec::{
     Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
     LLMDeploymentSpec, Model, Network, Objective, PlanApply, PlanPolicy, Quality,
-    QuantizationChoice, Resources, Rollout, SecretKey, Slo, Storage, StrategyChoice, Workload,
+    QuantizationChoice, Resources, Rollout, Scaling, SecretKey, Slo, Storage, StrategyChoice,
+    Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
-    PlanCause, PlanChange, PlanStatus, PredictedStatus, RejectedStatus,
+    PlanCause, PlanChange, PlanStatus, PredictedStatus, RejectedStatus, ReplicaCapacity,
+    ScalingDecision, ScalingStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.
@@ -28,6 +30,8 @@ pub const NAME_CHARACTERS_MAX: usize = 53;
 pub const REPLICAS_MAX: u32 = 1000;
 /// Rejected candidates kept in status.
 pub const REJECTED_MAX: usize = 8;
+/// Decisions of the scaling loop kept in status.
+pub const DECISIONS_MAX: usize = 5;
 /// Values that a plan's change lists.
 pub const CHANGES_MAX: usize = 24;
 /// Characters of any sentence in status; longer ones are cut by [`bounded`].

@@ -12,6 +12,7 @@ pub enum ConditionType {
     Scheduled,
     EngineLoaded,
     Available,
+    ScalingActive,
     Reconciling,
     Stalled,
 }
@@ -24,6 +25,7 @@ impl ConditionType {
         ConditionType::Scheduled,
         ConditionType::EngineLoaded,
         ConditionType::Available,
+        ConditionType::ScalingActive,
         ConditionType::Reconciling,
         ConditionType::Stalled,
     ];
@@ -36,6 +38,7 @@ impl ConditionType {
             ConditionType::Scheduled => "Scheduled",
             ConditionType::EngineLoaded => "EngineLoaded",
             ConditionType::Available => "Available",
+            ConditionType::ScalingActive => "ScalingActive",
             ConditionType::Reconciling => "Reconciling",
             ConditionType::Stalled => "Stalled",
         }
@@ -56,6 +59,9 @@ impl ConditionType {
                 "The engines of the current revision have loaded the model."
             }
             ConditionType::Available => "At least one pod answers, of whatever revision.",
+            ConditionType::ScalingActive => {
+                "The scaling loop knows enough to choose the number of replicas. Present only where `spec.scaling` is set."
+            }
             ConditionType::Reconciling => "Work is under way. Present only while it is.",
             ConditionType::Stalled => {
                 "Nothing more will happen until a person acts. Present only while that is so."
@@ -82,6 +88,11 @@ pub enum Reason {
     EngineReady,
     RollingOut,
     ScaledToZero,
+    ScalingOnMetrics,
+    PrometheusNotSet,
+    PrometheusUnreachable,
+    MetricsMissing,
+    MetricsPartial,
     Suspended,
     InvalidSpec,
     SourceNotAllowed,
@@ -123,6 +134,11 @@ impl Reason {
         Reason::EngineReady,
         Reason::RollingOut,
         Reason::ScaledToZero,
+        Reason::ScalingOnMetrics,
+        Reason::PrometheusNotSet,
+        Reason::PrometheusUnreachable,
+        Reason::MetricsMissing,
+        Reason::MetricsPartial,
         Reason::Suspended,
         Reason::InvalidSpec,
         Reason::SourceNotAllowed,
@@ -190,6 +206,11 @@ impl Reason {
             | Reason::EngineReady
             | Reason::RollingOut
             | Reason::ScaledToZero
+            | Reason::ScalingOnMetrics
+            | Reason::PrometheusNotSet
+            | Reason::PrometheusUnreachable
+            | Reason::MetricsMissing
+            | Reason::MetricsPartial
             | Reason::Suspended
             | Reason::ClaimNotFound
             | Reason::NoNodes
@@ -279,6 +300,31 @@ impl Reason {
                 "ScaledToZero",
                 "`spec.replicas` is 0, so no pod runs.",
                 "`kubectl scale llmd NAME --replicas=1`",
+            ),
+            Reason::ScalingOnMetrics => (
+                "ScalingOnMetrics",
+                "Every ready pod reports, and `status.scaling` follows.",
+                "Nothing to do.",
+            ),
+            Reason::PrometheusNotSet => (
+                "PrometheusNotSet",
+                "`spec.scaling` is set and this operator was not told where Prometheus is; the number of replicas stays as it is.",
+                "Set the chart value `prometheus.address` (flag `--prometheus-address`), or remove `spec.scaling` and scale by `kubectl scale` or another autoscaler.",
+            ),
+            Reason::PrometheusUnreachable => (
+                "PrometheusUnreachable",
+                "Prometheus does not answer, or not as Prometheus does; the message says what came instead. The number of replicas stays as it is.",
+                "Check the chart values under `prometheus`: address, certificate authority, token; and that no NetworkPolicy stands between.",
+            ),
+            Reason::MetricsMissing => (
+                "MetricsMissing",
+                "Prometheus answers and has nothing recent of any ready pod; the number of replicas stays as it is.",
+                "Let Prometheus scrape the pods (port 8000, path /metrics) at least once a minute, with the labels `namespace` and `pod`; docs/scaling.md shows how.",
+            ),
+            Reason::MetricsPartial => (
+                "MetricsPartial",
+                "Fewer pods report than are ready: replicas may be added and none is taken away.",
+                "Find out in Prometheus (`up == 0`) why a pod is not scraped.",
             ),
             Reason::Suspended => (
                 "Suspended",

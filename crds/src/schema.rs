@@ -55,6 +55,11 @@ pub fn any_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"type": "object", "x-kubernetes-preserve-unknown-fields": true})
 }
 
+/// A moment, to the second.
+pub fn moment(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"type": "string", "format": "date-time"})
+}
+
 /// Kubernetes' condition list: a map by type, at most one entry each.
 pub fn conditions(_: &mut SchemaGenerator) -> Schema {
     json_schema!({
@@ -67,7 +72,7 @@ pub fn conditions(_: &mut SchemaGenerator) -> Schema {
             "required": ["type", "status", "reason", "message", "lastTransitionTime"],
             "properties": {
                 "type": {"type": "string", "maxLength": 64,
-                    "description": "What is said: Ready, Planned, ModelReady, Scheduled, EngineLoaded, Available; Reconciling and Stalled only while they are true."},
+                    "description": "What is said: Ready, Planned, ModelReady, Scheduled, EngineLoaded, Available, ScalingActive; Reconciling and Stalled only while they are true."},
                 "status": {"type": "string", "enum": ["True", "False", "Unknown"],
                     "description": "Whether it holds."},
                 "reason": {"type": "string", "maxLength": 64,

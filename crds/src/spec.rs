@@ -76,7 +76,8 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub objective: Option<Objective>,
 
-    /// What the plan has to keep at the stated workload, by prediction. A plan that would break it is not taken.
+    /// What the plan has to keep at the stated workload, by prediction: one that would break it is not taken. Where
+    /// spec.scaling is, replicas are added while the 90th percentile is above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub slo: Option<Slo>,
 
@@ -108,10 +109,16 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<Cache>,
 
-    /// Pods that serve the model. `kubectl scale` and autoscalers write this field through the scale subresource.
+    /// Pods that serve the model. `kubectl scale` and autoscalers write this field through the scale subresource. Not read
+    /// where `scaling` is set.
     #[serde(default = "one")]
     #[schemars(range(min = 0, max = 1000))]
     pub replicas: i32,
+
+    /// Let Plimsoll choose the number of replicas, from what Prometheus knows of the engines. It overrides `replicas`, and
+    /// is written nowhere but in `status.scaling`; docs/scaling.md says how it decides. Absent: as many as `replicas` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<Scaling>,
 
     /// The volume that an hf:// model is downloaded into.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -240,6 +247,36 @@ pub struct Workload {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1024))]
     pub concurrency: Option<i32>,
+}
+
+/// Between how many replicas, and after which aims, the number is chosen.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.min) || self.min <= self.max")
+    .message("is above spec.scaling.max: lower min or raise max")
+    .field_path(".min"))]
+pub struct Scaling {
+    /// Fewest replicas. Absent: 1. None at all is not possible yet: it takes a gateway that holds requests while a replica
+    /// starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(max = 1000))]
+    #[x_kube(validation = Rule::new("self >= 1")
+        .message("must be 1 or more: scaling to zero needs the gateway that holds requests while a replica starts, which is not there yet; spec.suspend stops all pods"))]
+    pub min: Option<i32>,
+
+    /// Most replicas. `accelerators.maxGPUs` and the quotas of the namespace may allow fewer.
+    #[schemars(range(min = 1, max = 1000))]
+    pub max: i32,
+
+    /// Requests that may wait per replica; more are a reason to add replicas. Absent: 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10000))]
+    pub queue_per_replica: Option<i32>,
+
+    /// Seconds for which fewer replicas must have sufficed before any is taken away. Absent: 300.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 10, max = 3600))]
+    pub stabilization_window_seconds: Option<i32>,
 }
 
 /// The KV cache. Absent fields are chosen by the planner.

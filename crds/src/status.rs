@@ -1,6 +1,6 @@
 //! What Plimsoll says about an object. Computed from observations, written only through the status subresource.
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -60,6 +60,10 @@ pub struct LLMDeploymentStatus {
     /// What the engines of this revision measured, to be held against status.plan.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<MeasuredStatus>,
+
+    /// How many replicas the scaling loop wants, and why. Present where spec.scaling is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scaling: Option<ScalingStatus>,
 }
 
 /// What the checkpoint is.
@@ -308,6 +312,72 @@ pub struct RejectedStatus {
     pub candidate: String,
 
     /// Why not, with the arithmetic.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+}
+
+/// How many replicas the scaling loop wants, and why. The loop goes on from here after a restart.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ScalingStatus {
+    /// Replicas that are wanted.
+    #[schemars(range(min = 0))]
+    pub desired: i32,
+
+    /// Why, with the figures of the moment when it was decided.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+
+    /// What kept the loop from wanting more when last it did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 256))]
+    pub limit: Option<String>,
+
+    /// What one replica was seen to carry; without it replicas go one at a time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<ReplicaCapacity>,
+
+    /// The last decisions, newest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 5))]
+    pub recent: Vec<ScalingDecision>,
+}
+
+/// What one replica was seen to carry.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ReplicaCapacity {
+    /// Requests per hour.
+    #[schemars(range(min = 0))]
+    pub requests_per_hour: i64,
+
+    /// When that was seen. It is forgotten after an hour.
+    #[schemars(schema_with = "schema::moment")]
+    pub at: Time,
+
+    /// The revision of which it was seen; it says nothing of another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = 253))]
+    pub revision: Option<String>,
+}
+
+/// One decision of the scaling loop.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ScalingDecision {
+    /// When.
+    #[schemars(schema_with = "schema::moment")]
+    pub at: Time,
+
+    /// Replicas before.
+    #[schemars(range(min = 0))]
+    pub from: i32,
+
+    /// Replicas after.
+    #[schemars(range(min = 0))]
+    pub to: i32,
+
+    /// Why, with its figures.
     #[schemars(length(max = 1024))]
     pub why: String,
 }

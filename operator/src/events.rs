@@ -50,6 +50,7 @@ pub fn transitions(
             events.push(event(kind, &is.reason, "Serve", is.message));
         }
     }
+    events.extend(scaled(before, after));
     let was = held(before, ConditionType::Stalled);
     if let Some(is) = held(Some(after), ConditionType::Stalled)
         && was.is_none_or(|was| was.reason != is.reason)
@@ -57,6 +58,19 @@ pub fn transitions(
         events.push(event(EventType::Warning, &is.reason, "Stall", is.message));
     }
     events
+}
+
+/// What the scaling loop decided, or what keeps it from deciding.
+fn scaled(before: Option<&LLMDeploymentStatus>, after: &LLMDeploymentStatus) -> Option<Event> {
+    let before = before?.scaling.as_ref()?;
+    let after = after.scaling.as_ref()?;
+    if let Some(last) = after.recent.first().filter(|last| Some(*last) != before.recent.first()) {
+        let note = format!("{} to {} replicas: {}", last.from, last.to, last.why);
+        return Some(event(EventType::Normal, "Scaled", "Scale", note));
+    }
+    let limit = after.limit.as_ref().filter(|_| after.limit != before.limit)?;
+    let note = format!("{} replicas, and no more: {limit}", after.desired);
+    Some(event(EventType::Warning, "ScalingLimited", "Scale", note))
 }
 
 fn values(changed: &[String]) -> String {
@@ -96,9 +110,37 @@ pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Even
 #[cfg(test)]
 mod tests {
     use plimsoll_crds::{PlanCause, PlanStatus};
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
+
+    fn status(scaling: Value) -> LLMDeploymentStatus {
+        serde_json::from_value(json!({"scaling": scaling})).expect("a status")
+    }
+
+    #[test]
+    fn a_decision_and_a_new_limit_are_told_once_with_their_figures() {
+        let at = "2026-01-01T00:00:00Z";
+        let decision = json!({"at": at, "from": 1, "to": 3, "why": "12.0 requests wait"});
+        let none = status(json!({"desired": 1, "why": "it begins"}));
+        let scaled = json!({"desired": 3, "why": "w", "recent": [decision]});
+        let one = status(scaled.clone());
+        let notes = |before: Option<&LLMDeploymentStatus>, after: &LLMDeploymentStatus| {
+            let events = transitions(before, after).into_iter();
+            events.map(|event| (event.reason, event.note.unwrap_or_default())).collect::<Vec<_>>()
+        };
+        let told = notes(Some(&none), &one);
+        assert_eq!(told, [("Scaled".to_owned(), "1 to 3 replicas: 12.0 requests wait".to_owned())]);
+        assert_eq!(notes(Some(&one), &one), []);
+        assert_eq!(notes(None, &one), [], "what was decided before is no news");
+        let mut limited = scaled;
+        limited["limit"] = "spec.scaling.max is 3".into();
+        let limited = status(limited);
+        let told = notes(Some(&one), &limited);
+        assert_eq!(told.len(), 1);
+        assert_eq!(told[0].0, "ScalingLimited");
+        assert!(told[0].1.contains("3 replicas, and no more: spec.scaling.max is 3"), "{told:?}");
+    }
 
     fn plan(hash: &str) -> PlanStatus {
         serde_json::from_value(json!({

@@ -27,6 +27,7 @@ mod pods;
 mod reconcile;
 mod revision;
 mod run;
+mod scale;
 mod show;
 mod spec;
 mod status;

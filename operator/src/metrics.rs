@@ -27,6 +27,7 @@ pub struct Metrics {
     reconciles: IntCounterVec,
     errors: IntCounter,
     writes: IntCounterVec,
+    prometheus_looks: IntCounterVec,
 }
 
 impl Metrics {
@@ -49,13 +50,27 @@ impl Metrics {
             &["kind"],
         )
         .expect(valid);
+        let prometheus_looks = IntCounterVec::new(
+            Opts::new(
+                "plimsoll_operator_scaling_looks_total",
+                "Looks of the scaling loop at Prometheus by result",
+            ),
+            &["result"],
+        )
+        .expect(valid);
         let registry = Registry::new();
         let distinct = "names are distinct";
         registry.register(Box::new(reconcile_seconds.clone())).expect(distinct);
         registry.register(Box::new(reconciles.clone())).expect(distinct);
         registry.register(Box::new(errors.clone())).expect(distinct);
         registry.register(Box::new(writes.clone())).expect(distinct);
-        Metrics { registry, reconcile_seconds, reconciles, errors, writes }
+        registry.register(Box::new(prometheus_looks.clone())).expect(distinct);
+        Metrics { registry, reconcile_seconds, reconciles, errors, writes, prometheus_looks }
+    }
+
+    pub fn asked_prometheus(&self, failed: bool) {
+        let result = if failed { "error" } else { "success" };
+        self.prometheus_looks.with_label_values(&[result]).inc();
     }
 
     pub fn reconciled(&self, took: Duration, failed: bool) {

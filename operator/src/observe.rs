@@ -2,6 +2,7 @@
 //! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
 //! decision, a read beside the watches.
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -407,6 +408,16 @@ impl Caches {
             object.meta().namespace.as_deref() == Some(namespace)
                 && object.labels().get(label).is_some_and(|held| held == value)
         })
+    }
+
+    /// Engine pods by namespace and name of their object.
+    pub fn engine_pods(&self) -> HashMap<(String, String), Vec<Arc<Pod>>> {
+        let mut by_object: HashMap<_, Vec<Arc<Pod>>> = HashMap::new();
+        for pod in self.pods.state() {
+            let Some(name) = pod.labels().get(names::NAME).cloned() else { continue };
+            by_object.entry((pod.namespace().unwrap_or_default(), name)).or_default().push(pod);
+        }
+        by_object
     }
 
     /// Another number whenever the nodes changed in a way that may matter to a plan.

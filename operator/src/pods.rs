@@ -64,6 +64,17 @@ pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>, now: Timestamp) -
     seen
 }
 
+/// Pods that answer, of whatever revision, with the time since when.
+pub fn answering(pods: &[Arc<Pod>]) -> Vec<(&Pod, Option<Timestamp>)> {
+    let answering = pods.iter().map(Arc::as_ref).filter(|pod| stays(pod) && is_ready(pod));
+    let since = |pod: &Pod| {
+        let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+        let ready = conditions.iter().find(|held| held.type_ == "Ready")?;
+        ready.last_transition_time.as_ref().map(|time| time.0)
+    };
+    answering.map(|pod| (pod, since(pod))).collect()
+}
+
 /// Pods of one revision that stay.
 pub fn of_revision<'a>(pods: &'a [Arc<Pod>], hash: &str) -> impl Iterator<Item = &'a Arc<Pod>> {
     let hash = hash.to_owned();

@@ -12,7 +12,7 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{LLMDeployment, Reason};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, Reason, ScalingStatus};
 use tokio::sync::Mutex;
 
 use crate::apply::{ApplyError, Owner, Writer};
@@ -23,8 +23,9 @@ use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
 use crate::plan::Prices;
 use crate::revision::{self, Revision};
+use crate::scale::{self, Advices};
 use crate::spec::{Source, Spec};
-use crate::status::{self, Findings, Said};
+use crate::status::{self, Findings, Said, Scaled};
 use crate::{events, inspect, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
@@ -43,6 +44,8 @@ pub struct Context {
     /// The only one that is watched, or the whole cluster.
     pub namespace: Option<String>,
     pub caches: Arc<Caches>,
+    /// What the scaling loop decided.
+    pub advices: Arc<Advices>,
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
@@ -88,6 +91,10 @@ pub struct Pass {
     pub offered: Option<Revision>,
     /// Engines run out of memory, and no other plan helps: with what figures.
     pub exhausted: Option<String>,
+    /// Pods to run, and what keeps them from being more.
+    pub replicas: u32,
+    pub held_to: Option<String>,
+    pub scaling: Option<ScalingStatus>,
     /// When to look again without being told.
     pub again: Option<Duration>,
 }
@@ -109,7 +116,13 @@ pub async fn reconcile(
 
 async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, ApplyError> {
     let identity = Identity::of(object);
-    let mut pass = Pass::default();
+    let heeded = heed(object, &identity, context).await?;
+    let object = heeded.as_ref().unwrap_or(object);
+    let mut pass = Pass {
+        replicas: u32::try_from(object.spec.replicas).unwrap_or(0),
+        scaling: object.status.as_ref().and_then(|status| status.scaling.clone()),
+        ..Pass::default()
+    };
     let outcome = match Spec::parse(object) {
         Ok(spec) => forward(object, &spec, &identity, context, &mut pass).await,
         Err(error) => {
@@ -135,6 +148,26 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
     Ok(again.map_or_else(Action::await_change, Action::requeue))
 }
 
+/// A decision of the scaling loop is written down before anything follows from it, so that an operator which ends in
+/// between goes on from it. The object as it stands then; none where there is no such decision.
+async fn heed(
+    object: &LLMDeployment,
+    identity: &Identity,
+    context: &Context,
+) -> Result<Option<LLMDeployment>, ApplyError> {
+    let Some(before) = object.status.as_ref().filter(|status| status.scaling.is_some()) else {
+        return Ok(None);
+    };
+    let advice = context.advices.of(&identity.uid).and_then(|advice| advice.scaling);
+    if object.spec.scaling.is_none() || advice.is_none() || advice == before.scaling {
+        return Ok(None);
+    }
+    let status = LLMDeploymentStatus { scaling: advice, ..before.clone() };
+    context.writer().write_status(identity, &status).await?;
+    events::publish(&context.recorder, object, &events::transitions(Some(before), &status)).await;
+    Ok(Some(LLMDeployment { status: Some(status), ..object.clone() }))
+}
+
 /// From a valid spec to the children.
 async fn forward(
     object: &LLMDeployment,
@@ -149,6 +182,14 @@ async fn forward(
     let standing = revision::standing_hash(object, seen.deployment.as_deref());
     let standing = standing.as_deref();
     let answering = revision::answering(&revisions, &digest, &spec.plan, standing);
+
+    let deployed_replicas = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
+    let deployed_replicas = deployed_replicas.and_then(|count| u32::try_from(count).ok());
+    pass.scaling = spec.scaling.map(|scaling| {
+        let advice = context.advices.of(&identity.uid);
+        scale::standing(&scaling, advice.as_ref(), pass.scaling.as_ref(), deployed_replicas)
+    });
+    (pass.replicas, pass.held_to) = scale::replicas(spec, pass.scaling.as_ref(), None);
 
     let (digest, seen, revisions) = (digest.as_str(), &seen, revisions.as_slice());
     let case = Case { spec, digest, identity, seen, revisions, standing, context };
@@ -165,8 +206,10 @@ async fn forward(
     pass.revision_is_current = current.is_some();
     pass.revision = current.or(revision::running(revisions, standing)).cloned();
     if let Some(standing) = &pass.revision {
-        let around = Surroundings::of(spec, &context.settings);
-        let replicas = around.replicas;
+        let plan = &standing.content.plan;
+        let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), Some(plan));
+        (pass.replicas, pass.held_to) = (replicas, held_to);
+        let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
         if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
             stand(standing, around, identity, context).await?;
         }
@@ -300,7 +343,7 @@ async fn tell(
     pass: &Pass,
 ) -> Result<(), ApplyError> {
     let seen = context.caches.observe(&identity.namespace, &identity.name);
-    let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
+    let advice = context.advices.of(&identity.uid);
     let found = Findings {
         namespace: &identity.namespace,
         name: &identity.name,
@@ -318,7 +361,12 @@ async fn tell(
             .as_ref()
             .and_then(|standing| context.measurements.of(&identity.uid, &standing.name)),
         suspended: object.spec.suspend,
-        replicas: if object.spec.suspend { 0 } else { replicas },
+        replicas: if object.spec.suspend { 0 } else { pass.replicas },
+        held_to: pass.held_to.as_deref(),
+        scaling: object.spec.scaling.is_some().then(|| Scaled {
+            status: pass.scaling.clone(),
+            said: advice.and_then(|advice| advice.said),
+        }),
         pods: &seen.pods,
         deployment: seen.deployment.as_deref(),
     };

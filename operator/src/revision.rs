@@ -84,7 +84,7 @@ pub struct Revision {
 pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");
-    for field in ["replicas", "suspend", "network", "plan"] {
+    for field in ["replicas", "scaling", "suspend", "network", "plan"] {
         fields.shift_remove(field);
     }
     digest(&value, 16)

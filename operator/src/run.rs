@@ -35,6 +35,10 @@ use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
 use crate::plan::Prices;
 use crate::reconcile::{Considered, Context, reconcile};
+use crate::scale::Advices;
+use crate::scale::decide::Tempo;
+use crate::scale::prometheus::{Prometheus, PrometheusArgs};
+use crate::scale::watch::{self as scaling, Scaler};
 
 /// The operator waits more than it computes; two threads keep it small.
 const WORKER_THREADS: usize = 2;
@@ -88,6 +92,8 @@ pub struct RunArgs {
     /// Who holds the Lease [default: host name and process number]
     #[arg(long, help_heading = CHART, value_name = "NAME", env = "POD_NAME")]
     pub identity: Option<String>,
+    #[command(flatten)]
+    pub prometheus: PrometheusArgs,
     /// How to log; auto is text on a terminal and JSON elsewhere (value operator.logFormat)
     #[arg(long, help_heading = CHART_VALUES, value_enum, default_value_t = LogFormat::Auto)]
     pub log_format: LogFormat,
@@ -163,6 +169,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         .push((axum::http::header::USER_AGENT, axum::http::HeaderValue::from_static(agent)));
     let home = options.lease_namespace.clone().unwrap_or(config.default_namespace.clone());
     let client = Client::try_from(config).context("no client for the cluster")?;
+    let prometheus = Prometheus::of(&options.prometheus)?;
     let identity = options.identity.clone().unwrap_or_else(process_identity);
     let served = Arc::new(Served { metrics: Arc::new(Metrics::new()), caches: OnceLock::new() });
     serve(options.listen, served.clone()).await?;
@@ -174,15 +181,30 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         leader = leader::acquire(leases, &options.lease_name, &identity) => leader,
         _ = stopped.wait_for(|stop| *stop) => return Ok(()),
     };
-    let (caches, triggers) = observe::start(&client, options.namespace.as_deref());
+    let (caches, mut triggers) = observe::start(&client, options.namespace.as_deref());
     served.caches.set(caches.clone()).ok().expect("set once");
     let reporter =
         Reporter { controller: "plimsoll.dev/operator".to_owned(), instance: Some(identity) };
+    let advices = Arc::new(Advices::default());
+    let (scaled, news) = mpsc::channel(scaling::TRIGGERS_MAX);
+    triggers.push(news.map(Ok).boxed());
+    let scaler = Scaler {
+        prometheus,
+        tempo: Tempo { interval_seconds: options.prometheus.scaling_interval.into() },
+        client: client.clone(),
+        caches: caches.clone(),
+        metrics: served.metrics.clone(),
+        advices: advices.clone(),
+        triggers: scaled,
+        watched: HashMap::new(),
+        quotas: HashMap::new(),
+    };
     let context = Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         client,
         namespace: options.namespace,
         caches,
+        advices,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
         considered: Considered::default(),
@@ -198,7 +220,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         },
     });
     let every = Duration::from_secs(options.measure_seconds);
-    lead(&mut leader, context, triggers, every, stop).await?;
+    lead(&mut leader, context, scaler, triggers, every, stop).await?;
     leader.release().await;
     Ok(())
 }
@@ -207,6 +229,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
 async fn lead(
     leader: &mut Leader,
     context: Arc<Context>,
+    scaler: Scaler,
     mut triggers: Triggers,
     measure_every: Duration,
     stop: watch::Receiver<bool>,
@@ -227,6 +250,7 @@ async fn lead(
         measure::run(caches, measurements, measure_every, news).await;
     };
     tokio::select! {
+        () = scaling::run(scaler) => unreachable!("the scaling loop has no end"),
         () = measuring => Ok(()),
         () = control(context, triggers, stop) => Ok(()),
         lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
@@ -303,7 +327,7 @@ fn name(meta: &ObjectMeta) -> String {
 }
 
 /// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(next) = cause {

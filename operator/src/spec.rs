@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::amount;
 
-mod preferences;
+pub mod preferences;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -25,6 +25,11 @@ const CONTEXT_TOKENS_MIN: i64 = 64;
 const CONCURRENCY_MAX: i64 = 1024;
 const DRAIN_SECONDS_MAX: i64 = 3600;
 const DRAIN_SECONDS_DEFAULT: u32 = 60;
+const QUEUE_PER_REPLICA_DEFAULT: u32 = 8;
+const QUEUE_PER_REPLICA_MAX: i64 = 10_000;
+const STABILIZATION_SECONDS_MIN: i64 = 10;
+const STABILIZATION_SECONDS_MAX: i64 = 3600;
+const STABILIZATION_SECONDS_DEFAULT: u32 = 300;
 const STORAGE_SIZE_DEFAULT: &str = "20Gi";
 const HUB_TOKEN_KEY_DEFAULT: &str = "token";
 const API_KEYS_KEY_DEFAULT: &str = "keys";
@@ -44,7 +49,9 @@ pub struct Spec {
     pub preferences: Preferences,
     pub cache_tokens: Option<u64>,
     pub prefix_reuse: bool,
+    /// Pods to plan for: with `scaling` the fewest that it allows.
     pub replicas: u32,
+    pub scaling: Option<Scaling>,
     pub storage: Storage,
     pub budget: Budget,
     pub plan: PlanPolicy,
@@ -77,6 +84,15 @@ pub struct Workload {
     pub prompt_tokens: Option<u32>,
     pub output_tokens: Option<u32>,
     pub concurrency: Option<u32>,
+}
+
+/// Within which bounds and after which aims the number of replicas is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scaling {
+    pub min: u32,
+    pub max: u32,
+    pub queue_per_replica: u32,
+    pub stabilization_seconds: u32,
 }
 
 /// The volume of a download.
@@ -162,6 +178,7 @@ impl Door {
             context_tokens,
             cache,
             replicas,
+            scaling,
             storage,
             resources,
             plan,
@@ -193,6 +210,10 @@ impl Door {
         let cache = cache.clone().unwrap_or_default();
         let drain = rollout.as_ref().and_then(|rollout| rollout.drain_seconds).map(i64::from);
         let replicas_max = i64::from(crds::REPLICAS_MAX);
+        let replicas = self
+            .between(Some(i64::from(*replicas)), 0, replicas_max, "spec.replicas")
+            .unwrap_or_default();
+        let scaling = scaling.as_ref().and_then(|scaling| self.scaling(scaling));
         self.pod_template(pod_template.as_ref());
         Some(Spec {
             workload: self.workload(workload.as_ref()),
@@ -207,9 +228,8 @@ impl Door {
                 .between(cache.tokens, CONTEXT_TOKENS_MIN, CACHE_TOKENS_MAX, "spec.cache.tokens")
                 .map(u64::from),
             prefix_reuse: cache.prefix_reuse.unwrap_or(true),
-            replicas: self
-                .between(Some(i64::from(*replicas)), 0, replicas_max, "spec.replicas")
-                .unwrap_or_default(),
+            replicas: scaling.map_or(replicas, |scaling| scaling.min),
+            scaling,
             storage: self.storage(storage.as_ref()),
             budget: self.budget(resources.as_ref()),
             plan: self.plan_policy(plan.as_ref()),
@@ -298,6 +318,40 @@ impl Door {
             ),
             concurrency: self.between(concurrency, 1, CONCURRENCY_MAX, "spec.workload.concurrency"),
         }
+    }
+
+    /// None only where a problem was noted.
+    fn scaling(&mut self, given: &crds::Scaling) -> Option<Scaling> {
+        let crds::Scaling { min, max, queue_per_replica, stabilization_window_seconds } = *given;
+        let replicas_max = i64::from(crds::REPLICAS_MAX);
+        let min = i64::from(min.unwrap_or(1));
+        self.check(
+            min >= 1,
+            "spec.scaling.min",
+            "must be 1 or more: scaling to zero needs the gateway that holds requests while a replica starts, which is not there yet; spec.suspend stops all pods",
+        );
+        self.check(
+            min <= i64::from(max),
+            "spec.scaling.min",
+            "is above spec.scaling.max: lower min or raise max",
+        );
+        let queue = queue_per_replica.map(i64::from);
+        let window = stabilization_window_seconds.map(i64::from);
+        Some(Scaling {
+            min: u32::try_from(min).ok().filter(|min| *min >= 1)?,
+            max: self.between(Some(max.into()), 1, replicas_max, "spec.scaling.max")?,
+            queue_per_replica: self
+                .between(queue, 1, QUEUE_PER_REPLICA_MAX, "spec.scaling.queuePerReplica")
+                .unwrap_or(QUEUE_PER_REPLICA_DEFAULT),
+            stabilization_seconds: self
+                .between(
+                    window,
+                    STABILIZATION_SECONDS_MIN,
+                    STABILIZATION_SECONDS_MAX,
+                    "spec.scaling.stabilizationWindowSeconds",
+                )
+                .unwrap_or(STABILIZATION_SECONDS_DEFAULT),
+        })
     }
 
     fn storage(&mut self, given: Option<&crds::Storage>) -> Storage {

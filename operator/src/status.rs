@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{
-    ConditionType, LLMDeploymentStatus, MeasuredStatus, ModelStatus, Reason, bounded,
+    ConditionType, LLMDeploymentStatus, MeasuredStatus, ModelStatus, Reason, ScalingStatus, bounded,
 };
 
 use crate::desired::names;
@@ -66,8 +66,19 @@ pub struct Findings<'a> {
     pub suspended: bool,
     /// Pods that the spec asks for; zero while suspended.
     pub replicas: u32,
+    /// What keeps them from being as many as the spec asks for.
+    pub held_to: Option<&'a str>,
+    /// None where the number of replicas is left to the spec.
+    pub scaling: Option<Scaled>,
     pub pods: &'a [Arc<Pod>],
     pub deployment: Option<&'a Deployment>,
+}
+
+/// What the scaling loop made of the object.
+pub struct Scaled {
+    pub status: Option<ScalingStatus>,
+    /// None before the loop had anything to say; what was said before then stays.
+    pub said: Option<Said>,
 }
 
 /// The status that tells `found`. Times of conditions that did not change come from `before`.
@@ -79,10 +90,11 @@ pub fn compute(
     let hash = found.revision.map(|revision| revision.hash.as_str());
     let engines = pods::engines(found.pods, hash, now.0);
     let said = conditions(found, &engines);
-    let conditions = said
+    let mut conditions: Vec<Condition> = said
         .into_iter()
         .map(|(kind, said)| condition(kind, said, found.generation, before, now))
         .collect();
+    conditions.extend(found.scaling.as_ref().map(|scaled| scaling(scaled, found, before, now)));
     LLMDeploymentStatus {
         observed_generation: found.generation,
         conditions,
@@ -99,6 +111,28 @@ pub fn compute(
         plan: found.revision.or(found.offered).map(|revision| revision.content.plan.clone()),
         offered: found.offered.filter(|_| found.revision.is_some()).map(lifecycle::offer),
         measured: found.measured.or_else(|| measured_before(found, before)),
+        scaling: found.scaling.as_ref().and_then(|scaled| scaled.status.clone()),
+    }
+}
+
+/// An operator that has just started has not looked at Prometheus yet, and leaves what its forerunner said.
+fn scaling(
+    scaled: &Scaled,
+    found: &Findings<'_>,
+    before: Option<&LLMDeploymentStatus>,
+    now: &Time,
+) -> Condition {
+    let kind = ConditionType::ScalingActive;
+    let earlier = || {
+        let held = before?.conditions.iter().find(|held| held.type_ == kind.name())?;
+        Some(Condition { observed_generation: found.generation, ..held.clone() })
+    };
+    match (&scaled.said, earlier()) {
+        (None, Some(earlier)) => earlier,
+        (said, _) => {
+            let said = said.clone().unwrap_or_else(|| Said::unknown("no pod was looked at yet"));
+            condition(kind, said, found.generation, before, now)
+        }
     }
 }
 
@@ -208,13 +242,16 @@ fn ready(found: &Findings<'_>, parts: [&Said; 4], engines: &Engines) -> Said {
         return Said::no(Reason::Suspended, "spec.suspend is true");
     }
     if found.replicas == 0 {
-        return Said::no(Reason::ScaledToZero, "spec.replicas is 0");
+        return Said::no(Reason::ScaledToZero, found.held_to.unwrap_or("spec.replicas is 0"));
     }
     if !found.revision_is_current {
         return Said::no(Reason::Accepted, "the revision for this spec is being made");
     }
     if loaded.holds == Some(true) {
-        let message = format!("{} of {} replicas answer", engines.ready, found.replicas);
+        let mut message = format!("{} of {} replicas answer", engines.ready, found.replicas);
+        if let Some(why) = found.held_to {
+            message.push_str(&format!("; they are no more because {why}"));
+        }
         return Said::yes(Reason::Serving, message);
     }
     // What an engine said about itself tells more than that a pod is missing.

@@ -79,8 +79,11 @@ fn refuse_what_needs_a_cluster(spec: &Spec, args: &UpArgs) -> anyhow::Result<()>
 /// What a cluster would do with the manifest and one process does not.
 fn notes(spec: &Spec) -> Vec<String> {
     let mut notes = Vec::new();
-    if spec.replicas != 1 {
+    if spec.replicas != 1 && spec.scaling.is_none() {
         notes.push(format!("spec.replicas is {}; here one process serves", spec.replicas));
+    }
+    if spec.scaling.is_some() {
+        notes.push("spec.scaling is for clusters; here one process serves".to_owned());
     }
     if spec.pod_template.is_some() {
         notes.push("spec.podTemplate is for pods; here it changes nothing".to_owned());

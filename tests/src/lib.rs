@@ -9,3 +9,4 @@ pub mod hub;
 pub mod install;
 pub mod load;
 pub mod stage;
+pub mod traffic;

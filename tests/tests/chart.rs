@@ -60,7 +60,13 @@ fn the_chart_is_clean_and_an_api_server_takes_what_it_renders() {
     server.kubectl().apply(&namespace).unwrap();
     let more =
         ["operator.replicas=2", "metrics.dashboards.enabled=true", "workloads.clients=Namespace"];
-    for settings in [&[][..], &["watchNamespace=default", "allowHostPath=true"], &more] {
+    let prometheus = [
+        "prometheus.address=http://a",
+        "prometheus.caConfigMap.name=a",
+        "prometheus.tokenSecret.name=b",
+    ];
+    let namespaced = ["watchNamespace=default", "allowHostPath=true"];
+    for settings in [&[][..], &namespaced, &more, &prometheus] {
         let rendered = template(&tools, settings).unwrap();
         let apply =
             ["apply", "--server-side", "--dry-run=server", "--warnings-as-errors", "-f", "-"];
@@ -213,6 +219,34 @@ fn every_release_has_a_lease_of_its_own() {
 }
 
 #[test]
+fn prometheus_is_told_to_the_operator_with_authority_and_token_from_mounts() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let pod = |settings: &[&str]| {
+        let objects = objects(&template(&tools, settings).unwrap());
+        named(&objects, "Deployment", "plimsoll").unwrap()["spec"]["template"]["spec"].clone()
+    };
+    let flags = |pod: &Value| pod["containers"][0]["args"].as_array().unwrap().clone();
+    let about_prometheus = |flag: &Value| flag.as_str().unwrap().starts_with("--prometheus");
+    assert!(!flags(&pod(&[])).iter().any(about_prometheus));
+    let address = "prometheus.address=https://prometheus:9090/a";
+    let told =
+        pod(&[address, "prometheus.caConfigMap.name=ca", "prometheus.tokenSecret.name=reader"]);
+    for flag in [
+        "--prometheus-address=https://prometheus:9090/a",
+        "--prometheus-ca-file=/etc/plimsoll/prometheus-ca/ca.crt",
+        "--prometheus-token-file=/etc/plimsoll/prometheus-token/token",
+    ] {
+        assert!(flags(&told).contains(&flag.into()), "{flag}: {told:#}");
+    }
+    let mounted = told["containers"][0]["volumeMounts"].as_array().unwrap();
+    assert_eq!((mounted.len(), told["volumes"].as_array().unwrap().len()), (2, 2));
+    let own = pod(&[address, "prometheus.serviceAccountToken=true"]);
+    let token = "--prometheus-token-file=/var/run/secrets/kubernetes.io/serviceaccount/token";
+    assert!(flags(&own).contains(&token.into()) && own["volumes"].is_null(), "{own:#}");
+}
+
+#[test]
 fn values_that_do_not_exist_are_refused() {
     let Some(_server) = shared_api_server() else { return };
     let tools = Tools::find().unwrap();
@@ -220,6 +254,7 @@ fn values_that_do_not_exist_are_refused() {
         "operator.replicas=9",
         "watchNamespaces=a",
         "engine.image.digest=latest",
+        "prometheus.address=prometheus:9090",
         "workloads.clients=Everyone",
     ] {
         assert!(template(&tools, &[setting]).is_err(), "{setting}");

@@ -82,6 +82,19 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("{model: {source: 'hf://a/b'}, resources: {cpu: 0}}", "spec.resources.cpu", "500m"),
     ("{model: {source: 'hf://a/b'}, cache: {dtype: F64}}", "spec.cache.dtype", "\"F16\""),
     ("{model: {source: 'hf://a/b'}, rollout: {drainSeconds: 9999}}", "drainSeconds", "3600"),
+    (
+        "{model: {source: 'hf://a/b'}, scaling: {min: 0, max: 3}}",
+        "spec.scaling.min",
+        "needs the gateway that holds requests",
+    ),
+    ("{model: {source: 'hf://a/b'}, scaling: {min: 4, max: 3}}", "spec.scaling.min", "raise max"),
+    ("{model: {source: 'hf://a/b'}, scaling: {min: 1}}", "spec.scaling.max", "equired"),
+    (
+        "{model: {source: 'hf://a/b'}, scaling: {max: 3, stabilizationWindowSeconds: 1}}",
+        "stabilizationWindowSeconds",
+        "equal to 10",
+    ),
+    ("{model: {source: 'hf://a/b'}, slo: {ttftMilliseconds: 0}}", "ttftMilliseconds", "equal to 1"),
     ("{model: {sorce: 'hf://a/b'}}", "spec.model.sorce", "unknown field"),
     ("{}", "spec.model", "Required value"),
 ];
@@ -129,6 +142,8 @@ fn what_can_work_is_taken_and_the_examples_are() {
         "{model: {source: 'file:///srv/models/my model+1'}}",
         "{model: {source: 'hf://a/b'}, resources: {cpu: 2, memory: 1.5Gi}}",
         "{model: {source: 'hf://a/b'}, cache: {dtype: F16, tokens: 64, prefixReuse: false}, auth: null}",
+        "{model: {source: 'hf://a/b'}, scaling: {min: 1, max: 4, queuePerReplica: 2}, slo: {tpotMilliseconds: 40}}",
+        "{model: {source: 'hf://a/b'}, accelerators: {maxGPUs: 8}}",
         "{model: {source: 'hf://a/b'}, podTemplate: {spec: {tolerations: [{key: gpu}]}}}",
     ] {
         rehearse(&kubectl, &manifest("a", spec)).unwrap();
@@ -232,6 +247,8 @@ fn explain_reads_like_documentation() {
         ("llmd", "A language model, served"),
         ("llmd.spec.model.source", "PersistentVolumeClaim"),
         ("llmd.spec.workload.concurrency", "Requests that run at once in one pod. Absent: 32."),
+        ("llmd.spec.scaling", "docs/scaling.md"),
+        ("llmd.status.scaling.why", "with the figures"),
         ("llmd.status.plan.rejected.why", "with the arithmetic"),
         ("llmd.status.conditions.reason", "docs/status.md"),
     ] {

@@ -114,7 +114,7 @@ impl<'a> Surroundings<'a> {
         Surroundings {
             replicas: if spec.suspend { 0 } else { spec.replicas },
             clients: spec.clients.unwrap_or(settings.clients),
-            promises: Promises::default(),
+            promises: Promises::of(spec.preferences.slo),
             settings,
         }
     }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Identity, names};
 use crate::apply::Want;
+use crate::spec::preferences::Slo;
 
 /// A kind of the Prometheus operator, as far as we need it: its fields are compared and sent, never read.
 #[derive(CustomResource, Clone, Debug, Serialize, Deserialize)]
@@ -84,6 +85,13 @@ pub fn prometheus_rule(
 pub struct Promises {
     pub ttft_seconds: Option<f64>,
     pub tpot_seconds: Option<f64>,
+}
+
+impl Promises {
+    pub fn of(slo: Slo) -> Promises {
+        let seconds = |microseconds: u64| microseconds as f64 / 1e6;
+        Promises { ttft_seconds: slo.ttft.map(seconds), tpot_seconds: slo.tpot.map(seconds) }
+    }
 }
 
 /// Labels of the installation come first: none of them replaces one of ours.

@@ -55,6 +55,7 @@ fn only_what_makes_another_pod_makes_another_digest() {
         json!({"replicas": 7}),
         json!({"suspend": true}),
         json!({"replicas": 0, "suspend": false}),
+        json!({"scaling": {"max": 4}}),
         json!({"plan": {"apply": "Manual", "pinnedHash": "11aa22bb"}}),
     ] {
         assert_eq!(spec_digest(&spec(same.clone())), base, "{same}");

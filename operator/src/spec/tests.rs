@@ -34,6 +34,8 @@ fn every_field_arrives() {
         "workload": {"promptTokens": 1000, "outputTokens": 200, "concurrency": 4},
         "contextTokens": 4096,
         "cache": {"dtype": "F16", "tokens": 8192, "prefixReuse": false},
+        "slo": {"ttftMilliseconds": 500},
+        "accelerators": {"maxGPUs": 6},
         "replicas": 3,
         "storage": {"accessMode": "ReadWriteMany", "size": "50Gi", "storageClassName": "nfs"},
         "resources": {"cpu": 2, "memory": "4Gi"},
@@ -57,6 +59,8 @@ fn every_field_arrives() {
     assert_eq!(spec.storage.access_mode, AccessMode::ReadWriteMany);
     assert_eq!(spec.budget, Budget { cpu_millis: Some(2000), memory_bytes: Some(4 << 30) });
     assert_eq!(spec.drain_seconds, 5);
+    assert_eq!((spec.preferences.slo.ttft, spec.preferences.slo.tpot), (Some(500_000), None));
+    assert_eq!(spec.preferences.gpus_max, Some(6));
     assert!(spec.pod_template.is_some());
 }
 
@@ -141,5 +145,29 @@ fn what_no_plan_could_keep_is_refused_by_field() {
         let error = Spec::parse(&object(spec)).unwrap_err();
         let fields: Vec<_> = error.problems.iter().map(|problem| problem.field.as_str()).collect();
         assert_eq!(fields, [field]);
+    }
+}
+
+#[test]
+fn scaling_has_defaults_and_is_planned_for_its_fewest_replicas() {
+    let scaled = |scaling: Value| {
+        Spec::parse(&object(
+            json!({"model": {"source": "hf://a/b"}, "replicas": 7, "scaling": scaling}),
+        ))
+    };
+    let spec = scaled(json!({"max": 4})).unwrap();
+    let defaults = Scaling { min: 1, max: 4, queue_per_replica: 8, stabilization_seconds: 300 };
+    assert_eq!((spec.scaling, spec.replicas), (Some(defaults), 1));
+    let given = json!({"min": 2, "max": 9, "queuePerReplica": 3, "stabilizationWindowSeconds": 60});
+    let spec = scaled(given).unwrap();
+    let given = Scaling { min: 2, max: 9, queue_per_replica: 3, stabilization_seconds: 60 };
+    assert_eq!((spec.scaling, spec.replicas), (Some(given), 2));
+    for (scaling, words) in [
+        (json!({"min": 0, "max": 4}), "needs the gateway that holds requests"),
+        (json!({"min": 5, "max": 4}), "is above spec.scaling.max"),
+        (json!({"max": 0}), "spec.scaling.max"),
+    ] {
+        let refused = scaled(scaling).unwrap_err().to_string();
+        assert!(refused.contains(words), "{refused}");
     }
 }

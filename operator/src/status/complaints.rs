@@ -80,6 +80,8 @@ fn told(
         measured: None,
         suspended: false,
         replicas: 1,
+        held_to: None,
+        scaling: None,
         pods,
         deployment,
     };

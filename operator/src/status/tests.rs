@@ -65,6 +65,8 @@ fn nothing() -> Findings<'static> {
         measured: None,
         suspended: false,
         replicas: 1,
+        held_to: None,
+        scaling: None,
         pods: &[],
         deployment: None,
     }
@@ -287,4 +289,34 @@ proptest! {
         let again = serde_json::to_value(&status).unwrap();
         prop_assert_eq!(serde_json::from_value::<LLMDeploymentStatus>(again).unwrap(), status);
     }
+}
+
+#[test]
+fn scaling_active_says_what_the_loop_says_and_a_new_operator_leaves_it() {
+    let revision = revision();
+    let pods = [pod(&Play { hash: "new", node: true, ready: true, ended: None })];
+    let told = |said: Option<Said>, before: Option<&LLMDeploymentStatus>, seconds: i64| {
+        let found = Findings {
+            generation: Some(seconds),
+            revision: Some(&revision),
+            held_to: Some("maxGPUs is 1"),
+            scaling: Some(Scaled { status: None, said }),
+            pods: &pods,
+            ..nothing()
+        };
+        compute(&found, before, &Time(Timestamp::from_second(seconds).unwrap()))
+    };
+    let active = |status: &LLMDeploymentStatus| {
+        let held = status.conditions.iter().find(|held| held.type_ == "ScalingActive").unwrap();
+        (held.status.clone(), held.reason.clone(), held.observed_generation)
+    };
+    let text = str::to_owned;
+    let first = told(None, None, 1);
+    assert_eq!(active(&first), (text("Unknown"), text("Accepted"), Some(1)));
+    let ready = first.conditions.iter().find(|held| held.type_ == "Ready").unwrap();
+    assert!(ready.message.contains("no more because maxGPUs is 1"), "{}", ready.message);
+    let amiss = told(Some(Said::no(Reason::MetricsMissing, "none")), Some(&first), 2);
+    assert_eq!(active(&amiss), (text("False"), text("MetricsMissing"), Some(2)));
+    let restarted = told(None, Some(&amiss), 3);
+    assert_eq!(active(&restarted), (text("False"), text("MetricsMissing"), Some(3)));
 }

@@ -8,6 +8,7 @@ mod gate;
 mod gitops;
 mod lifecycle;
 mod monitoring;
+mod scaling;
 mod stops;
 mod world;
 

@@ -25,6 +25,6 @@ pub use image::Image;
 pub use kubectl::Kubectl;
 pub use node::{NODE_NAME, Node};
 pub use process::{Lifetime, wait_until};
-pub use prometheus::Prometheus;
+pub use prometheus::{PROMETHEUS_TLS, Prometheus};
 pub use shared::{Shared, shared_api_server, shared_node};
 pub use tools::Tools;

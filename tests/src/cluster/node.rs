@@ -16,6 +16,7 @@ use super::containers::{self, Containers};
 use super::control::{self, AuditEvent, ControlPlane, Ground, start_part};
 use super::image::Image;
 use super::kubectl::Kubectl;
+use super::pki::Identity;
 use super::process::{Daemon, Lifetime, wait_until};
 use super::sandbox::{self, NODE_ADDRESS, POD_NETWORK, Sandbox};
 use super::tools::Tools;
@@ -83,6 +84,11 @@ impl Node {
     /// Writes a kubeconfig for another user; rights are up to RBAC.
     pub fn kubeconfig_for(&self, user: &str, group: Option<&str>) -> Result<PathBuf> {
         self.plane.kubeconfig_for(user, group)
+    }
+
+    /// A certificate of the cluster's authority for a server on the node's address.
+    pub(crate) fn serving_certificate(&self, name: &str) -> Result<Identity> {
+        self.plane.authority.server(name, &[NODE_ADDRESS.parse()?], &[])
     }
 
     /// kubectl as the administrator.

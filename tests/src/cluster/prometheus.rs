@@ -12,17 +12,46 @@ use super::process::{Daemon, wait_until};
 use super::sandbox::NODE_ADDRESS;
 
 const PORT: u16 = 9090;
+const PORT_TLS: u16 = 9443;
+
+/// Where [`Prometheus::start_with_tls`] answers, for pods that trust the cluster's authority.
+pub const PROMETHEUS_TLS: &str = "https://192.0.2.1:9443";
 
 /// A running Prometheus; it ends with the value.
 pub struct Prometheus<'node> {
     node: &'node Node,
     daemon: Daemon,
+    url: String,
 }
 
 impl<'node> Prometheus<'node> {
     /// Starts it with the given `scrape_configs`, scraping every second.
     pub fn start(node: &'node Node, scrape_configs: &Value) -> Result<Prometheus<'node>> {
-        let folder = node.folder().join("prometheus");
+        let url = format!("http://{NODE_ADDRESS}:{PORT}");
+        Prometheus::launch(node, "prometheus", PORT, url, scrape_configs, &[])
+    }
+
+    /// The same behind TLS, with a certificate of the cluster's authority.
+    pub fn start_with_tls(node: &'node Node, scrape_configs: &Value) -> Result<Prometheus<'node>> {
+        let identity = node.serving_certificate("prometheus")?;
+        let file = node.folder().join("prometheus-web.yml");
+        let web = json!({"tls_server_config":
+            {"cert_file": identity.certificate, "key_file": identity.key}});
+        std::fs::write(&file, serde_yaml_ng::to_string(&web)?)?;
+        let flag = format!("--web.config.file={}", file.display());
+        let url = PROMETHEUS_TLS.to_owned();
+        Prometheus::launch(node, "prometheus-tls", PORT_TLS, url, scrape_configs, &[flag])
+    }
+
+    fn launch(
+        node: &'node Node,
+        name: &str,
+        port: u16,
+        url: String,
+        scrape_configs: &Value,
+        more: &[String],
+    ) -> Result<Prometheus<'node>> {
+        let folder = node.folder().join(name);
         std::fs::create_dir_all(&folder)?;
         let config = json!({
             "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},
@@ -30,32 +59,33 @@ impl<'node> Prometheus<'node> {
         });
         let file = folder.join("prometheus.yml");
         std::fs::write(&file, serde_yaml_ng::to_string(&config)?)?;
-        let words = [
+        let mut words = vec![
             node.tools().prometheus.display().to_string(),
             format!("--config.file={}", file.display()),
             format!("--storage.tsdb.path={}", folder.join("data").display()),
-            format!("--web.listen-address={NODE_ADDRESS}:{PORT}"),
+            format!("--web.listen-address={NODE_ADDRESS}:{port}"),
         ];
-        let mut daemon = node.daemon("prometheus", &words)?;
+        words.extend_from_slice(more);
+        let mut daemon = node.daemon(name, &words)?;
+        let ready = format!("{url}/-/ready");
         wait_until("Prometheus is ready", Duration::from_secs(30), || {
             daemon.check()?;
-            let url = format!("http://{NODE_ADDRESS}:{PORT}/-/ready");
-            let answer = node.command(&["curl", "-sf", "-o", "/dev/null", &url]).status()?;
-            Ok(answer.success().then_some(()))
+            let words = ["curl", "-skf", "-o", "/dev/null", &ready];
+            Ok(node.command(&words).status()?.success().then_some(()))
         })?;
-        Ok(Prometheus { node, daemon })
+        Ok(Prometheus { node, daemon, url })
     }
 
     /// Where it answers, inside the node.
-    pub fn url(&self) -> String {
-        format!("http://{NODE_ADDRESS}:{PORT}")
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// The series an instant query brings.
     pub fn query(&self, expression: &str) -> Result<Vec<Value>> {
         let url = format!("{}/api/v1/query", self.url());
         let query = format!("query={expression}");
-        let words = ["curl", "-sS", "--get", "--data-urlencode", &query, &url];
+        let words = ["curl", "-skS", "--get", "--data-urlencode", &query, &url];
         let output = self.node.command(&words).output()?;
         let answer: Value = serde_json::from_slice(&output.stdout)
             .with_context(|| format!("no JSON: {}", String::from_utf8_lossy(&output.stdout)))?;

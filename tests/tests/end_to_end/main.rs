@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used)] // Functions that stories share are tests too.
 
+mod scaling;
 mod scope;
 mod sources;
 
@@ -10,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use plimsoll_tests::cluster::{Node, Prometheus, Shared, shared_node, wait_until};
+use plimsoll_tests::cluster::{Node, PROMETHEUS_TLS, Prometheus, Shared, shared_node, wait_until};
 use plimsoll_tests::http::Answer;
 use plimsoll_tests::install;
 use plimsoll_tests::load::under_load;
@@ -32,11 +33,15 @@ fn installed() -> Option<Shared<Node>> {
 }
 
 /// Installs the chart with these values (Helm's `key=value`) in place of whatever stands; its models come from the node's
-/// hub.
+/// hub, and what it scales by from the node's Prometheus.
 fn set_up(node: &Shared<Node>, settings: &[&str]) {
     static STANDS: Mutex<Option<Vec<String>>> = Mutex::new(None);
     let hub = format!("hubEndpoint=http://{HUB}");
-    let wanted = [settings, &[hub.as_str()]].concat();
+    // Every namespace has the cluster's authority in this ConfigMap.
+    let authority = "prometheus.caConfigMap.name=kube-root-ca.crt";
+    let prometheus = format!("prometheus.address={PROMETHEUS_TLS}");
+    let interval = format!("prometheus.intervalSeconds={}", scaling::interval_seconds());
+    let wanted = [settings, &[hub.as_str(), &prometheus, authority, &interval]].concat();
     let mut stands = STANDS.lock().unwrap_or_else(PoisonError::into_inner);
     if stands.as_ref().is_some_and(|stands| *stands == wanted) {
         return;
@@ -239,8 +244,7 @@ fn draw_dashboards(stage: &Stage<'_>, prometheus: &Prometheus<'_>, folder: &str)
     let script = install::root().join("tests/dashboards/draw.py").display().to_string();
     let url = prometheus.url();
     let boards = install::root().join("charts/plimsoll/files/dashboards").display().to_string();
-    let words =
-        ["python3", &script, "--prometheus", &url, "--dashboards", &boards, "--out", folder];
+    let words = ["python3", &script, "--prometheus", url, "--dashboards", &boards, "--out", folder];
     let values = ["--set", "namespace=story", "--set", "llmdeployment=plim", "--minutes", "3"];
     let output = stage.node.command(&[&words[..], &values].concat()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
