@@ -16,6 +16,7 @@ help: ## List every command
 
 include tests/cluster.mk
 include tests/gpu.mk
+include tests/soak.mk
 
 .PHONY: build
 build: ## Compile both programs into target/release

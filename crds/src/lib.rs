@@ -11,10 +11,11 @@ pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
     AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment, LLMDeploymentSpec, Model,
-    Resources, Rollout, SecretKey, Storage, Workload,
+    OperatorUpgrade, Resources, Rollout, RolloutStrategy, SecretKey, Storage, Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
+    RolloutState, RolloutStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.

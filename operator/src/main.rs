@@ -20,8 +20,11 @@ mod plan;
 mod pods;
 mod reconcile;
 mod revision;
+mod rollout;
 mod run;
 mod show;
+#[cfg(test)]
+mod simulation;
 mod spec;
 mod status;
 mod up;

@@ -1,4 +1,4 @@
-//! One reconcile: spec → observe → facts → plan → revision → desired → apply → status. This file holds the order of the
+//! One reconcile: spec → observe → facts → plan → revision → rollout → desired → apply → status. This file holds the order of the
 //! steps and what each hands to the next; the steps themselves are the files of those names.
 
 use std::sync::Arc;
@@ -11,18 +11,20 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{LLMDeployment, Reason};
+use plimsoll_crds::{LLMDeployment, OperatorUpgrade, Reason};
 use tokio::sync::Mutex;
 
-use crate::apply::{ApplyError, Owner, Writer};
+use crate::apply::{Applied, ApplyError, Owner, Writer};
 use crate::desired::model::Place;
 use crate::desired::{self, Identity, Settings, deployment, pod, reach};
+use crate::events::Repair;
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
 use crate::plan::{self, Neighbours, Update};
 use crate::revision::{self, Content, Revision};
+use crate::rollout::{self, Rollout};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
 use crate::{events, fields, neighbours, pods};
@@ -46,6 +48,8 @@ pub struct Context {
     pub settings: Settings,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
+    /// Tells the time, as far as status and patience need it.
+    pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
 }
 
 /// How far a pass came; what it hands to status.
@@ -55,9 +59,12 @@ struct Pass {
     model: Option<Said>,
     facts: Option<ModelFacts>,
     planned: Option<Said>,
-    /// The revision whose children stand after this pass.
-    revision: Option<Revision>,
-    revision_is_current: bool,
+    /// What stands after this pass.
+    rollout: Option<Rollout>,
+    /// The revision that answers to the spec, which stands unless it failed.
+    current: Option<Revision>,
+    /// What was put right after another hand.
+    repaired: Vec<Repair>,
     /// When to look again without being told.
     again: Option<Duration>,
 }
@@ -100,7 +107,7 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
     }
     tell(object, &identity, context, &pass).await?;
     let pods = context.caches.observe(&identity.namespace, &identity.name).pods;
-    let again = pass.again.into_iter().chain(pods::look_again(&pods, now().0)).min();
+    let again = pass.again.into_iter().chain(pods::look_again(&pods, context.now().0)).min();
     Ok(again.map_or_else(Action::await_change, Action::requeue))
 }
 
@@ -116,32 +123,73 @@ async fn forward(
     let revisions = revision::committed(&seen.revisions, &identity.uid);
     let digest = revision::spec_digest(&object.spec);
     let answering = revision::answering(&revisions, &digest);
-    let deployed = revision::deployed_hash(seen.deployment.as_deref());
+    let outdated = |revision: &&Revision| {
+        spec.operator_upgrade == OperatorUpgrade::Follow
+            && revision::is_outdated(revision, &context.settings.engine_image)
+    };
 
     let decided = match (barred(spec, &context.settings), answering) {
         (Some(barred), _) => {
             pass.trouble = Some(barred);
             Ok(None)
         }
-        (None, Some(revision)) => keep(spec, revision, identity, context, pass).await.map(Some),
-        (None, None) => decide(spec, digest, &revisions, identity, &seen, context, pass).await,
+        (None, Some(revision)) if !outdated(&revision) => {
+            keep(spec, revision, identity, context, pass).await.map(Some)
+        }
+        (None, held) => {
+            let made = decide(spec, digest, &revisions, identity, &seen, context, pass).await;
+            match (made, held) {
+                // What cannot be made anew for this operator goes on as it is.
+                (Ok(None), Some(held)) => keep(spec, held, identity, context, pass).await.map(Some),
+                (made, _) => made,
+            }
+        }
     };
     // What cannot be decided anew leaves what runs in place, and in repair.
-    let current = decided.as_ref().ok().and_then(Option::as_ref);
-    pass.revision_is_current = current.is_some();
-    pass.revision = current.or(revision::running(&revisions, deployed)).cloned();
-    if let Some(standing) = &pass.revision {
-        let replicas = if spec.suspend { 0 } else { spec.replicas };
-        if within_bounds(standing, identity, &context.settings) || fewer(&seen, replicas) {
-            stand(standing, replicas, identity, context).await?;
-        }
-        if pass.revision_is_current {
-            let engines = pods::engines(&seen.pods, Some(&standing.hash), now().0);
-            let settled = engines.settled(replicas);
-            tidy(standing, &revisions, settled, identity, context).await?;
-        }
+    let failed = decided.map(|decided| pass.current = decided);
+    roll(object, spec, &revisions, identity, &seen, context, pass).await?;
+    failed
+}
+
+/// One step of the rollout to the revision that answers to the spec; without one, what runs is held.
+async fn roll(
+    object: &LLMDeployment,
+    spec: &Spec,
+    revisions: &[Revision],
+    identity: &Identity,
+    seen: &Seen,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<(), ApplyError> {
+    let deployment = seen.deployment.as_deref();
+    let replicas = if spec.suspend { 0 } else { spec.replicas };
+    let now = context.now().0;
+    let rollout = match &pass.current {
+        Some(to) => Some(rollout::step(&rollout::Inputs {
+            to,
+            revisions,
+            deployment,
+            pods: &seen.pods,
+            strategy: spec.strategy,
+            replicas,
+            now,
+        })),
+        None => revision::running(revisions, revision::deployed_hash(deployment))
+            .map(|running| rollout::hold(running, deployment, spec.strategy)),
+    };
+    let Some(rollout) = rollout else { return Ok(()) };
+    pass.again = pass.again.into_iter().chain(rollout.again).min();
+    pass.rollout = Some(rollout.clone());
+    let standing = &rollout.revision;
+    if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
+        pass.repaired = stand(object, &rollout, replicas, identity, context).await?;
     }
-    decided.map(|_| ())
+    if pass.current.as_ref() == Some(standing) {
+        let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
+        let settled = engines.settled(replicas);
+        tidy(&rollout, revisions, settled, identity, context).await?;
+    }
+    Ok(())
 }
 
 /// Whether this operator may render a revision: one that was allowed once may reach out of its pods. Of such a one nothing
@@ -235,6 +283,7 @@ async fn decide(
     };
     let content = Content {
         template_version: revision::TEMPLATE_VERSION,
+        engine_image: Some(context.settings.engine_image.clone()),
         spec_digest: digest,
         model_key: key,
         shared_download: matches!(place, Place::Download { .. }),
@@ -261,13 +310,19 @@ async fn learn(
     pass: &mut Pass,
 ) -> Result<Option<ModelFacts>, ApplyError> {
     let Wanted { identity, key, .. } = *wanted;
-    match inspect::step(&context.writer(), wanted).await? {
+    match inspect::step(&context.writer(), wanted, (context.clock)()).await? {
         Model::Known(facts) | Model::Told(facts) => {
             pass.model = Some(status::model_ready(&status::model(&facts), note));
             Ok(Some(*facts))
         }
         missing => {
-            pass.again = inspect::again(&missing, &context.caches, &identity.namespace, key);
+            pass.again = inspect::again(
+                &missing,
+                &context.caches,
+                &identity.namespace,
+                key,
+                (context.clock)(),
+            );
             pass.model = Some(status::model_missing(&missing, key));
             Ok(None)
         }
@@ -281,43 +336,60 @@ async fn rehearsed(
     identity: &Identity,
     context: &Context,
 ) -> Result<serde_json::Value, ApplyError> {
-    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge);
+    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge, None);
     let answered = context.writer().rehearse(&trial).await?;
     Ok(fields::settled(&template, &answered["spec"]["template"]))
 }
 
-/// Children from the revision and nothing else.
+/// Children from the rollout's revision and nothing else. Tells of what another hand had changed.
 async fn stand(
-    revision: &Revision,
+    object: &LLMDeployment,
+    rollout: &Rollout,
     replicas: u32,
     identity: &Identity,
     context: &Context,
-) -> Result<(), ApplyError> {
+) -> Result<Vec<Repair>, ApplyError> {
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
-    let children = desired::children(identity, revision, replicas);
+    let children = desired::children(identity, rollout, replicas);
     let budget = async {
         match &children.disruption_budget {
-            Some(budget) => writer.apply(budget, owner).await.map(drop),
-            None => writer.prune_budget(identity).await,
+            // Whether it was there before depends on the number of replicas.
+            Some(budget) => writer.apply(budget, owner).await.map(|applied| match applied {
+                Applied::Created => Applied::Changed,
+                applied => applied,
+            }),
+            None => writer.prune_budget(identity).await.map(|()| Applied::Unchanged),
         }
     };
     let account = writer.apply(&children.service_account, owner);
     let service = writer.apply(&children.service, owner);
-    tokio::try_join!(account, service, budget)?;
-    writer.apply(&children.deployment, owner).await.map(drop)
+    let (account, service, budget) = tokio::try_join!(account, service, budget)?;
+    let deployment = writer.apply(&children.deployment, owner).await?;
+    // A status that tells of this revision was written after its children stood.
+    let stood = object.status.as_ref().and_then(|status| status.revision.as_ref());
+    let stood = stood == Some(&rollout.revision.name);
+    let budgeted = children.disruption_budget.as_ref();
+    let repairs = [
+        events::repair(&children.service_account, &account, stood),
+        events::repair(&children.service, &service, stood),
+        budgeted.and_then(|want| events::repair(want, &budget, stood)),
+        events::repair(&children.deployment, &deployment, stood),
+    ];
+    Ok(repairs.into_iter().flatten().collect())
 }
 
 /// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.
 async fn tidy(
-    standing: &Revision,
+    rollout: &Rollout,
     revisions: &[Revision],
     settled: bool,
     identity: &Identity,
     context: &Context,
 ) -> Result<(), ApplyError> {
     let writer = context.writer();
-    for name in revision::to_forget(revisions, &standing.name) {
+    let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
+    for name in revision::to_forget(revisions, &standing.name, good) {
         if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
             writer.delete(old.as_ref()).await?;
         }
@@ -334,23 +406,35 @@ async fn tell(
 ) -> Result<(), ApplyError> {
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
+    let replicas = if object.spec.suspend { 0 } else { replicas };
+    let before = object.status.as_ref();
+    let standing = pass.rollout.as_ref().map(|rollout| &rollout.revision);
+    let failed = pass.rollout.as_ref().zip(pass.current.as_ref());
+    let failed = failed.and_then(|(rollout, to)| rollout.trouble(to));
+    let rollout = pass.rollout.as_ref().zip(pass.current.as_ref()).map(|(rollout, to)| {
+        let engines = pods::engines(&seen.pods, Some(&to.hash), context.now().0);
+        let deployment = seen.deployment.as_deref();
+        let seen = rollout::Seen { before, deployment, replicas };
+        rollout::status(rollout, to, &engines, &seen, context.now().0)
+    });
     let found = Findings {
         namespace: &identity.namespace,
         name: &identity.name,
         generation: object.metadata.generation,
-        trouble: pass.trouble.clone(),
+        trouble: pass.trouble.clone().or(failed),
         model: pass.model.clone(),
         facts: pass.facts.as_ref(),
         planned: pass.planned.clone(),
-        revision: pass.revision.as_ref(),
-        revision_is_current: pass.revision_is_current,
+        revision: standing,
+        revision_is_current: standing.is_some() && standing == pass.current.as_ref(),
+        rollout,
         suspended: object.spec.suspend,
-        replicas: if object.spec.suspend { 0 } else { replicas },
+        replicas,
         pods: &seen.pods,
         deployment: seen.deployment.as_deref(),
     };
-    let before = object.status.as_ref();
-    let status = status::compute(&found, before, &now());
+    let status = status::compute(&found, before, &context.now());
+    events::publish(&context.recorder, object, &events::repairs(&pass.repaired)).await;
     if before == Some(&status) {
         return Ok(());
     }
@@ -360,13 +444,13 @@ async fn tell(
     Ok(())
 }
 
-/// Whole seconds, as the API keeps them.
-fn now() -> Time {
-    let now = Timestamp::now();
-    Time(now.round(Unit::Second).unwrap_or(now))
-}
-
 impl Context {
+    /// Whole seconds, as the API keeps them.
+    fn now(&self) -> Time {
+        let now = (self.clock)();
+        Time(now.round(Unit::Second).unwrap_or(now))
+    }
+
     fn writer(&self) -> Writer<'_> {
         let Context { client, caches, metrics, sharing, .. } = self;
         Writer { client, caches, metrics, sharing }

@@ -25,6 +25,9 @@ pub const HISTORY_MAX: usize = 5;
 #[serde(rename_all = "camelCase")]
 pub struct Content {
     pub template_version: u32,
+    /// The engine that the operator brought when it was made; unknown of older ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_image: Option<String>,
     /// Digest of the spec it answers to, without what scales or suspends.
     pub spec_digest: String,
     /// Key of the model source, so that its download is kept while this revision runs.
@@ -65,6 +68,15 @@ pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let fields = value.as_object_mut().expect("a spec is an object");
     fields.shift_remove("replicas");
     fields.shift_remove("suspend");
+    if let Some(rollout) = fields.get_mut("rollout").and_then(Value::as_object_mut) {
+        // How pods are replaced is no part of what they are.
+        let before = rollout.len();
+        rollout.shift_remove("strategy");
+        rollout.shift_remove("operatorUpgrade");
+        if rollout.is_empty() && before > 0 {
+            fields.shift_remove("rollout");
+        }
+    }
     digest(&value, 16)
 }
 
@@ -94,6 +106,12 @@ pub fn answering<'a>(revisions: &'a [Revision], spec_digest: &str) -> Option<&'a
     revisions.iter().find(|revision| revision.content.spec_digest == spec_digest)
 }
 
+/// Whether this operator would make its pods from another template or with another engine than `revision` has.
+pub fn is_outdated(revision: &Revision, engine_image: &str) -> bool {
+    let Content { template_version, engine_image: held, .. } = &revision.content;
+    *template_version != TEMPLATE_VERSION || held.as_deref() != Some(engine_image)
+}
+
 /// The revision whose children stand; without a Deployment the newest.
 pub fn running<'a>(revisions: &'a [Revision], deployed_hash: Option<&str>) -> Option<&'a Revision> {
     let deployed =
@@ -106,7 +124,11 @@ pub fn new(object_name: &str, revisions: &[Revision], mut content: Content) -> R
     let identity = json!({
         "spec": content.spec_digest, "model": content.model, "template": content.pod_template,
     });
-    let hash = digest(&identity, 8);
+    let mut hash = digest(&identity, 8);
+    while revisions.iter().any(|held| held.hash == hash) {
+        // Made anew because the operator changed, with the same outcome: another revision all the same.
+        hash = digest(&json!([hash, content.template_version, content.engine_image]), 8);
+    }
     content.pod_template["metadata"]["labels"][names::REVISION] = hash.as_str().into();
     let newest = revisions.iter().map(|revision| revision.number).max().unwrap_or(0);
     Revision { name: format!("{object_name}-{hash}"), hash, number: newest + 1, content }
@@ -125,10 +147,15 @@ pub fn wanted(identity: &Identity, revision: &Revision) -> Want<ControllerRevisi
     }))
 }
 
-/// Names of revisions beyond the history, beside the one that stands.
-pub fn to_forget<'a>(revisions: &'a [Revision], standing: &'a str) -> Vec<&'a str> {
-    let others = revisions.iter().map(|revision| revision.name.as_str());
-    others.filter(|name| *name != standing).skip(HISTORY_MAX).collect()
+/// Names of revisions beyond the history, beside the one that stands and the one to go back to.
+pub fn to_forget<'a>(
+    revisions: &'a [Revision],
+    standing: &str,
+    good: Option<&str>,
+) -> Vec<&'a str> {
+    let others = revisions.iter().filter(|revision| revision.name != standing).skip(HISTORY_MAX);
+    let dispensable = others.filter(|revision| Some(revision.hash.as_str()) != good);
+    dispensable.map(|revision| revision.name.as_str()).collect()
 }
 
 /// Label of the revision that the Deployment stands for.

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use futures::StreamExt;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
 use kube::runtime::events::{Recorder, Reporter};
@@ -138,6 +139,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         caches,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
+        clock: Arc::new(Timestamp::now),
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,
@@ -169,7 +171,8 @@ async fn lead(
     }
 }
 
-async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Receiver<bool>) {
+/// Reconciles what the triggers name, side by side, until `stop`.
+pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Receiver<bool>) {
     let store = context.caches.objects.clone();
     let failures = Arc::new(Failures::default());
     let counted = failures.clone();

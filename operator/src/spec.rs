@@ -6,7 +6,10 @@ use std::fmt;
 
 use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec};
+use plimsoll_crds::{
+    AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade,
+    RolloutStrategy,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -47,6 +50,8 @@ pub struct Spec {
     pub storage: Storage,
     pub budget: Budget,
     pub drain_seconds: u32,
+    pub strategy: RolloutStrategy,
+    pub operator_upgrade: OperatorUpgrade,
     pub suspend: bool,
     pub pod_template: Option<Value>,
 }
@@ -170,7 +175,8 @@ impl Door {
             )
         });
         let cache = cache.clone().unwrap_or_default();
-        let drain = rollout.as_ref().and_then(|rollout| rollout.drain_seconds).map(i64::from);
+        let rollout = rollout.clone().unwrap_or_default();
+        let drain = rollout.drain_seconds.map(i64::from);
         let replicas_max = i64::from(crds::REPLICAS_MAX);
         self.pod_template(pod_template.as_ref());
         Some(Spec {
@@ -198,6 +204,8 @@ impl Door {
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
+            strategy: rollout.strategy.unwrap_or_default(),
+            operator_upgrade: rollout.operator_upgrade.unwrap_or_default(),
             suspend: *suspend,
             pod_template: pod_template.clone(),
             name,

@@ -9,7 +9,9 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{ConditionType, LLMDeploymentStatus, ModelStatus, Reason, bounded};
+use plimsoll_crds::{
+    ConditionType, LLMDeploymentStatus, ModelStatus, Reason, RolloutState, RolloutStatus, bounded,
+};
 
 use crate::desired::names;
 use crate::facts::Model;
@@ -54,6 +56,8 @@ pub struct Findings<'a> {
     /// The revision whose children stand, and whether it answers to the spec of this generation.
     pub revision: Option<&'a Revision>,
     pub revision_is_current: bool,
+    /// How its pods take the places of older ones.
+    pub rollout: Option<RolloutStatus>,
     pub suspended: bool,
     /// Pods that the spec asks for; zero while suspended.
     pub replicas: u32,
@@ -87,6 +91,7 @@ pub fn compute(
             .map(model)
             .or_else(|| found.revision.map(|revision| revision.content.model.clone())),
         plan: found.revision.map(|revision| revision.content.plan.clone()),
+        rollout: found.rollout.clone(),
     }
 }
 
@@ -197,9 +202,24 @@ fn ready(found: &Findings<'_>, parts: [&Said; 4], engines: &Engines) -> Said {
     let part =
         if engines.trouble.is_some() || scheduled.holds == Some(true) { loaded } else { scheduled };
     let passing = matches!(part.reason, Reason::EngineLoading | Reason::CreatingPods);
+    let stopped = found.rollout.as_ref().is_some_and(|held| held.state == RolloutState::Stopped);
+    if stopped {
+        let needs = part.reason.needs_a_person();
+        let reason = if needs { part.reason } else { Reason::RolloutStopped };
+        let message = format!(
+            "{}; the rollout has stopped and {} older pods go on serving: correct the spec, or set it back",
+            part.message, engines.older_ready
+        );
+        return Said::no(reason, message);
+    }
     if engines.older > 0 && passing {
         let message = format!("{}; {} older pods serve until then", part.message, engines.older);
         return Said::no(Reason::RollingOut, message);
+    }
+    if engines.older_ready > 0 {
+        let message =
+            format!("{}; {} older pods serve until then", part.message, engines.older_ready);
+        return Said { message, ..part.clone() };
     }
     part.clone()
 }

@@ -19,7 +19,7 @@ use plimsoll_crds::LLMDeployment;
 use serde_json::{Value, json};
 
 use crate::apply::Want;
-use crate::revision::Revision;
+use crate::rollout::Rollout;
 
 /// The object whose children we render.
 #[derive(Clone, Debug)]
@@ -94,8 +94,9 @@ pub struct Children {
     pub deployment: Want<Deployment>,
 }
 
-/// The children as the revision has them, for `replicas` pods.
-pub fn children(identity: &Identity, revision: &Revision, replicas: u32) -> Children {
+/// The children as a rollout's revision has them, for `replicas` pods.
+pub fn children(identity: &Identity, rollout: &Rollout, replicas: u32) -> Children {
+    let Rollout { revision, update, memory, .. } = rollout;
     Children {
         service_account: service::service_account(identity),
         service: service::service(identity),
@@ -105,7 +106,8 @@ pub fn children(identity: &Identity, revision: &Revision, replicas: u32) -> Chil
             &revision.hash,
             &revision.content.pod_template,
             replicas,
-            revision.content.update,
+            *update,
+            memory.kept().as_deref(),
         ),
     }
 }

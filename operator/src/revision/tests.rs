@@ -1,4 +1,4 @@
-use plimsoll_crds::LLMDeployment;
+use plimsoll_crds::{LLMDeployment, RolloutStrategy};
 
 use super::*;
 
@@ -31,13 +31,17 @@ fn spec(fields: Value) -> LLMDeploymentSpec {
 #[test]
 fn only_what_makes_another_pod_makes_another_digest() {
     let base = spec_digest(&spec(json!({})));
-    for same in
-        [json!({"replicas": 7}), json!({"suspend": true}), json!({"replicas": 0, "suspend": false})]
-    {
+    for same in [
+        json!({"replicas": 7}),
+        json!({"suspend": true}),
+        json!({"replicas": 0, "suspend": false}),
+        json!({"rollout": {"strategy": "Recreate", "operatorUpgrade": "Follow"}}),
+    ] {
         assert_eq!(spec_digest(&spec(same.clone())), base, "{same}");
     }
     for other in [
         json!({"contextTokens": 512}),
+        json!({"rollout": {"strategy": "Surge", "drainSeconds": 5}}),
         json!({"podTemplate": {"metadata": {"labels": {"a": "b"}}}}),
         json!({"model": {"source": "pvc://other"}}),
     ] {
@@ -69,7 +73,8 @@ fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
     let read = committed(&[stored(&old)], "u");
     let found = answering(&read, "d").unwrap();
     let identity = Identity { namespace: "n".into(), name: "assistant".into(), uid: "u".into() };
-    let children = crate::desired::children(&identity, found, 1);
+    let rollout = crate::rollout::hold(found, None, RolloutStrategy::Auto);
+    let children = crate::desired::children(&identity, &rollout, 1);
     assert_eq!(children.deployment.body["spec"]["template"], old.content.pod_template);
 }
 
@@ -92,9 +97,11 @@ fn the_history_is_bounded_and_spares_what_stands() {
         all.insert(0, next);
     }
     let oldest = all.last().unwrap().name.clone();
-    let forgotten = to_forget(&all, &oldest);
+    let forgotten = to_forget(&all, &oldest, None);
     assert_eq!(forgotten.len(), all.len() - 1 - HISTORY_MAX);
     assert!(!forgotten.contains(&oldest.as_str()) && !forgotten.contains(&all[0].name.as_str()));
+    let good = all[7].hash.as_str();
+    assert!(!to_forget(&all, &oldest, Some(good)).contains(&all[7].name.as_str()));
 }
 
 #[test]
