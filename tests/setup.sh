@@ -21,6 +21,7 @@ containerd:/usr/bin/containerd
 runc:/usr/sbin/runc
 containernetworking-plugins:/usr/lib/cni/bridge
 iptables:/usr/sbin/iptables
+ipset:/usr/sbin/ipset
 conntrack:/usr/sbin/conntrack
 iproute2:/usr/sbin/ip
 util-linux:/usr/bin/nsenter
@@ -86,4 +87,5 @@ version=k8s.io/component-base/version
 build kube "-X $version.gitVersion=v1.34.4 -X $version.gitMajor=1 -X $version.gitMinor=34"
 build addons
 build pause
+build judges
 exit $missing

@@ -1,33 +1,46 @@
-//! Files that are written from these types and committed: the CRD beside this crate, its copy in the chart, and the
-//! page of reasons. `cargo run --release -p plimsoll-crds --example generate` writes them; a test compares them.
-
-use std::fmt::Write;
+//! Files that are written from these types and committed: the CRD beside this crate, its copy in the chart, dashboards,
+//! rules, and pages. `cargo run --release -p plimsoll-crds --example generate` writes them; a test compares them.
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{ConditionType, LLMDeployment, Reason};
+use crate::{LLMDeployment, Reason, alerts, dashboards, pages};
 
 /// What installs, at most, without hitting limits of clients that keep it in an annotation.
 pub const CRD_BYTES_MAX: usize = 64 * 1024;
 
 /// Path from the root of the repository, and contents.
 pub struct GeneratedFile {
-    pub path: &'static str,
+    pub path: String,
     pub contents: String,
 }
 
-pub fn files() -> [GeneratedFile; 3] {
+pub fn files() -> Vec<GeneratedFile> {
+    let file = |path: &str, contents: String| GeneratedFile { path: path.to_owned(), contents };
     let crd = crd_yaml();
-    [
-        GeneratedFile { path: "crds/llmdeployments.plimsoll.dev.yaml", contents: crd.clone() },
-        GeneratedFile {
-            path: "charts/plimsoll/files/llmdeployments.plimsoll.dev.yaml",
-            contents: crd,
-        },
-        GeneratedFile { path: "docs/status.md", contents: status_page() },
-    ]
+    let rules = json!({"groups": alerts::groups("plimsoll.operator", &alerts::of_operator())});
+    let mut files = vec![
+        file("charts/plimsoll/files/llmdeployments.plimsoll.dev.yaml", crd.clone()),
+        file("crds/llmdeployments.plimsoll.dev.yaml", crd),
+        file("charts/plimsoll/files/operator-rules.yaml", yaml(&rules)),
+        file("docs/status.md", pages::status()),
+        file("docs/alerts.md", pages::alerts()),
+        file("docs/reference.md", pages::reference(&crd_value())),
+    ];
+    files.extend(dashboards::all().into_iter().map(|dashboard| {
+        let body = serde_json::to_string_pretty(&dashboard.body).expect("plain data");
+        file(&format!("charts/plimsoll/files/dashboards/{}", dashboard.file), body + "\n")
+    }));
+    files
+}
+
+fn yaml(value: &Value) -> String {
+    serde_yaml_ng::to_string(value).expect("plain data")
+}
+
+fn crd_value() -> Value {
+    serde_json::to_value(crd()).expect("a CRD is plain data")
 }
 
 /// The CRD as `plimsoll crd` prints it.
@@ -38,8 +51,20 @@ pub fn crd_yaml() -> String {
 /// What derive says, in words that `kubectl` shows well.
 pub fn crd() -> CustomResourceDefinition {
     let mut crd = serde_json::to_value(LLMDeployment::crd()).expect("a CRD is plain data");
-    polish(&mut crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]);
-    serde_json::from_value(crd).expect("only words were changed")
+    let schema = &mut crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+    polish(schema);
+    schema["properties"]["status"]["default"] = unseen();
+    serde_json::from_value(crd).expect("only words and a default were changed")
+}
+
+/// The status of an object that no operator has looked at. Tools that judge by conditions take an object without any for
+/// done.
+fn unseen() -> Value {
+    let reason = Reason::Pending;
+    json!({"replicas": 0, "readyReplicas": 0, "conditions": [{
+        "type": "Ready", "status": "Unknown", "reason": reason.name(), "message": reason.meaning(),
+        "lastTransitionTime": "1970-01-01T00:00:00Z",
+    }]})
 }
 
 /// Descriptions lose the line breaks of source code, which `kubectl explain` would keep; enums lose the null that
@@ -59,52 +84,6 @@ fn polish(schema: &mut Value) {
     }
 }
 
-fn status_page() -> String {
-    let mut page = String::from(STATUS_HEAD);
-    page.push_str("| condition | while it is True |\n|---|---|\n");
-    for condition in ConditionType::ALL {
-        writeln!(page, "| {} | {} |", condition.name(), condition.meaning()).expect("a String");
-    }
-    page.push_str(REASONS_HEAD);
-    for reason in Reason::ALL {
-        let stalled = if reason.needs_a_person() { "yes" } else { "" };
-        let (name, meaning, remedy) = (reason.name(), reason.meaning(), reason.remedy());
-        writeln!(page, "| {name} | {meaning} | {remedy} | {stalled} |").expect("a String");
-    }
-    page.push_str(STATUS_TAIL);
-    page
-}
-
-const STATUS_HEAD: &str = "\
-<!-- Generated from crds/src/reasons.rs by `cargo run --release -p plimsoll-crds --example generate`. -->
-# Status: every condition and every reason
-
-`kubectl get llmd` shows the status and reason of `Ready`; `kubectl describe llmd NAME` shows all conditions with their
-sentences. Each condition carries the `observedGeneration` that it speaks of.
-
-```
-kubectl wait --for=condition=Ready llmd/NAME --timeout=10m
-kubectl get llmd NAME -o jsonpath='{.status.plan.why}'
-```
-
-";
-
-const REASONS_HEAD: &str = "
-## Reasons
-
-Where the last column says yes, `Stalled` is True with the same reason: waiting cannot help.
-
-| reason | what happened | what to do | stalls |
-|---|---|---|---|
-";
-
-const STATUS_TAIL: &str = "
-The engine's own reasons (DoesNotFit to Internal) come from its termination message, so that nobody needs its log.
-Outside a cluster the same words appear on standard error, and each has an exit code of its own:
-10 DoesNotFit, 11 OutOfDeviceMemory, 12 ModelNotFound, 13 ModelUnauthorized, 14 UnsupportedModel, 15 CorruptWeights,
-16 DeviceLost, 17 ApiKeysUnusable, 70 Internal.
-";
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -115,7 +94,7 @@ mod tests {
     fn committed_files_are_what_the_types_say() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         for GeneratedFile { path, contents } in files() {
-            let committed = std::fs::read_to_string(root.join(path)).unwrap_or_default();
+            let committed = std::fs::read_to_string(root.join(&path)).unwrap_or_default();
             assert!(
                 committed == contents,
                 "{path} is stale: cargo run --release -p plimsoll-crds --example generate"
@@ -124,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn the_crd_stays_small_enough_for_every_client() {
+    fn kserve_3487_the_crd_stays_small_enough_for_every_client() {
         assert!(crd_yaml().len() < CRD_BYTES_MAX);
     }
 

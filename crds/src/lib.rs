@@ -1,7 +1,10 @@
 //! `LLMDeployment`, the one object a person applies. Its Rust types enter, the CRD's YAML leaves ([`generated`]). What
 //! the API server can check stands here as schema and CEL rules; nothing here reads a cluster or decides anything.
 
+pub mod alerts;
+pub mod dashboards;
 pub mod generated;
+mod pages;
 pub mod reasons;
 mod schema;
 mod spec;
@@ -10,8 +13,9 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    AccessMode, Auth, Cache, CacheDtype, Credentials, LLMDeployment, LLMDeploymentSpec, Model,
-    OperatorUpgrade, Resources, Rollout, RolloutStrategy, SecretKey, Storage, Workload,
+    AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment, LLMDeploymentSpec,
+    Model, Network, OperatorUpgrade, Resources, Rollout, RolloutStrategy, SecretKey, Storage,
+    Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,

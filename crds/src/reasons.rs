@@ -68,6 +68,7 @@ impl ConditionType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     Serving,
+    Pending,
     Accepted,
     Inspecting,
     Downloading,
@@ -106,6 +107,7 @@ pub enum Reason {
 impl Reason {
     pub const ALL: &[Reason] = &[
         Reason::Serving,
+        Reason::Pending,
         Reason::Accepted,
         Reason::Inspecting,
         Reason::Downloading,
@@ -170,6 +172,7 @@ impl Reason {
             | Reason::CorruptWeights
             | Reason::ApiKeysUnusable => true,
             Reason::Serving
+            | Reason::Pending
             | Reason::Accepted
             | Reason::Inspecting
             | Reason::Downloading
@@ -202,6 +205,11 @@ impl Reason {
                 "Serving",
                 "Every replica of the current revision answers.",
                 "Nothing to do. `status.url` is the address.",
+            ),
+            Reason::Pending => (
+                "Pending",
+                "No operator has looked at the object yet; the API server says so from the moment it is created.",
+                "If it lasts, no operator runs or none watches this namespace: `kubectl get pods -A -l app.kubernetes.io/name=plimsoll-operator`.",
             ),
             Reason::Accepted => (
                 "Accepted",
@@ -401,6 +409,19 @@ mod tests {
             assert!(reason.meaning().ends_with('.'), "{reason:?}");
             assert!(!reason.remedy().is_empty(), "{reason:?}");
         }
+    }
+
+    #[test]
+    fn the_page_leaves_no_reason_out() {
+        let source = include_str!("reasons.rs");
+        let rows = source.lines().filter(|line| {
+            let line = line.trim();
+            line.starts_with("Reason::") && (line.ends_with("=> (") || line.ends_with("=> {"))
+        });
+        assert_eq!(rows.count(), Reason::ALL.len(), "every row of `row` stands in `ALL`");
+        assert!(Reason::ALL.iter().enumerate().all(|(index, reason)| *reason as usize == index));
+        let kinds = ConditionType::ALL.iter().enumerate();
+        assert!(kinds.into_iter().all(|(index, kind)| *kind as usize == index));
     }
 
     #[test]

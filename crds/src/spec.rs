@@ -97,6 +97,10 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
 
+    /// Who may reach the engine, as far as its NetworkPolicy can say. Changing it rolls no pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+
     /// Stop serving and keep the object: no pods run while this is true.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub suspend: bool,
@@ -318,4 +322,22 @@ pub enum OperatorUpgrade {
     #[default]
     Pinned,
     Follow,
+}
+
+/// Who may reach the engine.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Network {
+    /// Namespace (pods of this namespace, and of those labelled `plimsoll.dev/clients: "true"`), Cluster (every pod of the
+    /// cluster) or Anyone (from outside too). Absent: what the operator says, Cluster unless its chart says otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clients: Option<Clients>,
+}
+
+/// Whom a NetworkPolicy lets in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Clients {
+    Namespace,
+    Cluster,
+    Anyone,
 }

@@ -1,7 +1,10 @@
-//! `bench`: tokens per second of a checkpoint without HTTP, through the same scheduler and step loop that serve it.
-//! Enters: a model directory, or the name of a shape and a seed, and a load. Leaves: a table and JSON. Never here: text,
-//! sockets.
+//! `bench`: tokens per second of a checkpoint without HTTP, through the same scheduler and step loop that serve it; and
+//! its verbs: a server over HTTP, each kernel by itself, the seed method. Enters: a model directory, or the name of a
+//! shape and a seed, and a load. Leaves: a table and JSON. Never here: text, and sockets but in `serve`.
 
+mod kernels;
+mod seed;
+mod serve;
 mod suite;
 mod workloads;
 
@@ -79,7 +82,11 @@ struct Round {
     first_tokens: Vec<Duration>,
 }
 
+pub use kernels::{KernelsOptions, KernelsReport, run_kernels};
+pub use seed::{SeedModel, SeedReport, run_seed};
+pub use serve::{Arrivals, Failures, ServeOptions, ServeReport, Spread, run_serve};
 pub use suite::{Ceilings, Steps, SuiteOptions, SuiteReport, run_suite};
+pub use workloads::NAMES as WORKLOADS;
 
 pub fn run(options: &BenchOptions) -> Result<BenchReport, ExitReport> {
     let begun = Instant::now();
@@ -182,9 +189,10 @@ async fn round(
         .collect();
     let begun = Instant::now();
     let mut running = JoinSet::new();
+    let greedy = Arc::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() });
     for prompt in prompts {
-        let stream =
-            engine.submit(request(prompt, options.output_tokens)).expect("the limits fit the load");
+        let request = request(prompt, options.output_tokens, &greedy);
+        let stream = engine.submit(request).expect("the limits fit the load");
         running.spawn(listen(stream, begun, options.output_tokens));
     }
     let ends = running.join_all().await;
@@ -220,11 +228,11 @@ async fn listen(mut stream: RequestStream, begun: Instant, expected: u32) -> End
     ends
 }
 
-fn request(prompt: Arc<[TokenId]>, output_tokens: u32) -> Request {
+fn request(prompt: Arc<[TokenId]>, output_tokens: u32, sampling: &Arc<SamplingParams>) -> Request {
     Request {
         prompt,
         choices: 1,
-        sampling: Arc::new(SamplingParams { temperature: 0.0, ..SamplingParams::default() }),
+        sampling: Arc::clone(sampling),
         stop: StopRules {
             stop_tokens: Arc::new(BTreeSet::new()),
             output_tokens_max: output_tokens,
@@ -271,6 +279,20 @@ pub fn rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+/// CPU time of this process so far, all threads together.
+fn cpu_time() -> Duration {
+    // SAFETY: all zeros are a value of this struct of numbers.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: it only writes `usage`, which outlives the call.
+    let known = unsafe { libc::getrusage(libc::RUSAGE_SELF, &raw mut usage) } == 0;
+    assert!(known, "a process may always ask for its own usage");
+    let of = |time: libc::timeval| {
+        Duration::from_secs(time.tv_sec.unsigned_abs())
+            + Duration::from_micros(time.tv_usec.unsigned_abs())
+    };
+    of(usage.ru_utime) + of(usage.ru_stime)
 }
 
 impl BenchReport {

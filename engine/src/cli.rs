@@ -9,6 +9,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use plimsoll_contract::abilities::Dtype;
 
 use crate::backend::place::DeviceArg;
+use crate::bench::Ceilings;
 
 #[derive(Debug, Parser)]
 #[command(
@@ -30,7 +31,7 @@ pub enum Verb {
     Inspect(InspectArgs),
     /// Download a model from a hub into a directory; safe to repeat.
     Fetch(FetchArgs),
-    /// Measure tokens per second of a model, without HTTP.
+    /// Measure tokens per second of a model, without HTTP; or, by its verbs, a server, kernels, the seed method.
     Bench(BenchArgs),
 }
 
@@ -131,7 +132,116 @@ pub struct FetchArgs {
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    pub verb: Option<BenchVerb>,
+    #[command(flatten)]
+    pub load: LoadArgs,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+pub enum BenchVerb {
+    /// Drive a running server over HTTP: TTFT, TPOT, ITL, end-to-end latency, throughput, and failures by kind.
+    Serve(BenchServeArgs),
+    /// Time each kernel of a step by itself on the GPU, beside what the card's bandwidth and FLOP allow.
+    Kernels(BenchKernelsArgs),
+    /// 49 short prompts one by one, ten sampled tokens each: the latency of a request.
+    Seed(BenchSeedArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchServeArgs {
+    /// Where the server answers: http://HOST:PORT.
+    #[arg(long, value_name = "URL")]
+    pub url: String,
+    /// File whose first line is the API key to send [default: none is sent].
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// Model to ask for [default: the first that the server lists].
+    #[arg(long, value_name = "NAME")]
+    pub served_name: Option<String>,
+    /// The requests that are sent: lengths of prompts and outputs, as in docs/perf.md.
+    #[arg(long, value_name = "NAME", default_value = "mixed600", value_parser = clap::builder::PossibleValuesParser::new(crate::bench::WORKLOADS))]
+    pub workload: String,
+    /// How many of them; its list begins anew where these are more [default: as many as the workload has].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub requests: Option<u32>,
+    /// Closed loop: so many requests in flight, the next is sent when one ends.
+    #[arg(long, value_name = "N", default_value_t = 256, conflicts_with = "rate", value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub concurrency: u32,
+    /// Open loop: so many requests a second on average, at the times of a Poisson process.
+    #[arg(long, value_name = "N", value_parser = rate)]
+    pub rate: Option<f64>,
+    /// Seed of the prompts' token ids and of the times at which requests come.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub seed: u64,
+    /// Prompts are made of token ids below this: at most the model's vocabulary.
+    #[arg(long, value_name = "N", default_value_t = 120_000, value_parser = clap::value_parser!(u32).range(2..))]
+    pub vocabulary: u32,
+    /// Requests that are sent before those that count, all at once.
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(0..=65536))]
+    pub warm_up: u32,
+    /// A server that sends nothing for so long has failed a request.
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
+    pub silence_max: Duration,
+    /// Also write the report as JSON here.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchKernelsArgs {
+    /// A published shape, whose weights are made on the GPU.
+    #[arg(value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES))]
+    pub model: String,
+    /// Sequences of a decode step, each with one row.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "1,8,32,128,256", value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub rows: Vec<u32>,
+    /// Tokens that each of them has in the KV cache.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "128,1024,8192", value_parser = clap::value_parser!(u32).range(1..=131_072))]
+    pub contexts: Vec<u32>,
+    /// Tokens of a prompt that is one step.
+    #[arg(long, value_name = "N,N", value_delimiter = ',', default_value = "512,2048,8192", value_parser = clap::value_parser!(u32).range(2..=65536))]
+    pub prompts: Vec<u32>,
+    /// Tokens that the KV cache holds: what needs more is left out, and said to be.
+    #[arg(long, value_name = "N", default_value_t = 278_528, value_parser = clap::value_parser!(u32).range(64..))]
+    pub kv_tokens: u32,
+    /// TB/s that the card reads at most, for the floors.
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.read_tbps)]
+    pub read_tbps: f64,
+    /// TFLOP/s that the card computes at most in bf16, for the floors.
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.bf16_tflops)]
+    pub bf16_tflops: f64,
+    /// Use the kernels that run on every card, also on Hopper.
+    #[arg(long)]
+    pub portable: bool,
+    /// Also write the report as JSON here.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct BenchSeedArgs {
+    /// Directory of the checkpoint.
+    #[arg(long, value_name = "DIR", required_unless_present = "random_weights")]
+    pub model: Option<PathBuf>,
+    /// A published shape instead, with random weights made on the GPU.
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(crate::model::NAMES), conflicts_with = "model")]
+    pub random_weights: Option<String>,
+    /// What computes (with --random-weights always the GPU).
+    #[arg(long, value_enum, default_value_t = DeviceArg::Auto, conflicts_with = "random_weights")]
+    pub device: DeviceArg,
+    /// Type to compute in [default: bf16 on a GPU, f32 on a CPU].
+    #[arg(long, value_enum, conflicts_with = "random_weights")]
+    pub dtype: Option<DtypeArg>,
+    /// Also write the report as JSON here.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub struct LoadArgs {
     /// Directory of the checkpoint.
     #[arg(long, value_name = "DIR", required_unless_present = "random_weights")]
     pub model: Option<PathBuf>,
@@ -142,10 +252,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "NAME,NAME", value_delimiter = ',')]
     pub only: Vec<String>,
     /// TB/s that the card reads at most, for the floors (with --random-weights).
-    #[arg(long, value_name = "N", default_value_t = 4.42)]
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.read_tbps)]
     pub read_tbps: f64,
     /// TFLOP/s that the card computes at most in bf16, for the floors (with --random-weights).
-    #[arg(long, value_name = "N", default_value_t = 750.0)]
+    #[arg(long, value_name = "N", default_value_t = Ceilings::H200.bf16_tflops)]
     pub bf16_tflops: f64,
     /// Use the kernels that run on every card, also on Hopper (with --random-weights).
     #[arg(long)]
@@ -222,6 +332,12 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// Requests a second.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate > 0.0);
+    rate.ok_or_else(|| "expected a number of requests a second above 0, such as 12.5".into())
+}
+
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;
@@ -231,12 +347,35 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent_and_every_flag_has_help() {
         Cli::command().debug_assert();
-        for verb in Cli::command().get_subcommands() {
+        let cli = Cli::command();
+        let verbs = cli.get_subcommands();
+        for verb in verbs.flat_map(|verb| std::iter::once(verb).chain(verb.get_subcommands())) {
             for arg in verb.get_arguments() {
                 let id = arg.get_id();
                 assert!(id == "help" || id == "version" || arg.get_help().is_some(), "{id}");
             }
         }
+    }
+
+    #[test]
+    fn a_verb_of_bench_takes_the_place_of_its_load() {
+        let bench = |line: &str| {
+            let words = ["plimsoll-engine", "bench"].into_iter().chain(line.split_whitespace());
+            let Verb::Bench(args) = Cli::try_parse_from(words)?.verb else { panic!("{line}") };
+            Ok::<BenchArgs, clap::Error>(args)
+        };
+        assert!(bench("").is_err(), "a model or a verb");
+        assert!(bench("--model m").unwrap().verb.is_none());
+        assert!(bench("seed").is_err() && bench("serve").is_err() && bench("kernels").is_err());
+        let Some(BenchVerb::Serve(args)) = bench("serve --url http://h").unwrap().verb else {
+            panic!("parsed another verb")
+        };
+        assert_eq!((args.workload.as_str(), args.concurrency, args.rate), ("mixed600", 256, None));
+        assert!(bench("serve --url http://h --rate 0").is_err());
+        assert!(bench("serve --url http://h --rate 3 --concurrency 2").is_err());
+        assert!(bench("--model m serve --url http://h").is_err());
+        assert!(bench("kernels llama-3.1-8b --rows 1,8").is_ok());
+        assert!(bench("seed --random-weights llama-3.2-1b --device cpu").is_err());
     }
 
     #[test]

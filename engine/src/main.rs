@@ -5,8 +5,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use plimsoll_contract::exit::ExitReport;
-use plimsoll_engine::bench::{BenchOptions, Ceilings, Steps, SuiteOptions};
-use plimsoll_engine::cli::{BenchArgs, Cli, FetchArgs, InspectArgs, Verb};
+use plimsoll_engine::bench::{
+    Arrivals, BenchOptions, Ceilings, KernelsOptions, SeedModel, ServeOptions, Steps, SuiteOptions,
+};
+use plimsoll_engine::cli::{
+    BenchArgs, BenchKernelsArgs, BenchSeedArgs, BenchServeArgs, BenchVerb, Cli, FetchArgs,
+    InspectArgs, LoadArgs, Verb,
+};
 use plimsoll_engine::{bench, exit, fetch, inspect, logs, serve};
 
 fn main() -> ExitCode {
@@ -63,6 +68,15 @@ fn download(args: &FetchArgs) -> Result<(), ExitReport> {
 }
 
 fn measure(args: &BenchArgs) -> Result<(), ExitReport> {
+    match &args.verb {
+        None => measure_load(&args.load),
+        Some(BenchVerb::Serve(args)) => measure_server(args),
+        Some(BenchVerb::Kernels(args)) => measure_kernels(args),
+        Some(BenchVerb::Seed(args)) => measure_seed(args),
+    }
+}
+
+fn measure_load(args: &LoadArgs) -> Result<(), ExitReport> {
     let Some(model) = args.model.clone() else { return compare(args) };
     let options = BenchOptions {
         model,
@@ -81,17 +95,18 @@ fn measure(args: &BenchArgs) -> Result<(), ExitReport> {
 }
 
 /// The workloads of docs/perf.md; each figure also goes to standard error as it comes.
-fn compare(args: &BenchArgs) -> Result<(), ExitReport> {
+fn compare(args: &LoadArgs) -> Result<(), ExitReport> {
+    let name = args.random_weights.clone().expect("the command line demands one or the other");
+    let usual = SuiteOptions::of(&name);
     let options = SuiteOptions {
-        name: args.random_weights.clone().expect("the command line demands one or the other"),
         only: args.only.clone(),
         ceilings: Ceilings { read_tbps: args.read_tbps, bf16_tflops: args.bf16_tflops },
-        // As the peers had it.
-        step_tokens_max: args.step_tokens_max.unwrap_or(8192),
-        steps_in_flight: args.steps_in_flight.unwrap_or(2) as usize,
+        step_tokens_max: args.step_tokens_max.unwrap_or(usual.step_tokens_max),
+        steps_in_flight: args.steps_in_flight.map_or(usual.steps_in_flight, |n| n as usize),
         portable: args.portable,
         eager: args.eager,
         batch_invariant: args.batch_invariant,
+        ..usual
     };
     let mut show = |name: &str, figure: f64, steps: &Steps| {
         let Steps { count, busy_p50, idle_p50, idle_p99 } = steps;
@@ -102,4 +117,69 @@ fn compare(args: &BenchArgs) -> Result<(), ExitReport> {
     let report = bench::run_suite(&options, &mut show)?;
     print!("{}", if args.json { report.json() + "\n" } else { report.table() });
     Ok(())
+}
+
+/// Failures are in the report; that not one request succeeded is one of the process too.
+fn measure_server(args: &BenchServeArgs) -> Result<(), ExitReport> {
+    let options = ServeOptions {
+        url: args.url.clone(),
+        api_key_file: args.api_key_file.clone(),
+        model: args.served_name.clone(),
+        workload: args.workload.clone(),
+        requests: args.requests.map(|requests| requests as usize),
+        arrivals: match args.rate {
+            Some(rate) => Arrivals::Open { rate },
+            None => Arrivals::Closed { concurrency: args.concurrency as usize },
+        },
+        seed: args.seed,
+        vocabulary: args.vocabulary,
+        warm_up: args.warm_up as usize,
+        silence_max: args.silence_max,
+    };
+    serve::allow_many_connections();
+    let report = bench::run_serve(&options)?;
+    tell(&report.table(), &report.json(), args.json.as_deref())?;
+    if report.completed > 0 {
+        return Ok(());
+    }
+    let first = report.failures.values().next().map_or("", |failures| &failures.first);
+    Err(exit::internal(format!("none of {} requests succeeded: {first}", report.requests)))
+}
+
+fn measure_kernels(args: &BenchKernelsArgs) -> Result<(), ExitReport> {
+    let numbers = |list: &[u32]| list.iter().map(|&n| n as usize).collect();
+    let options = KernelsOptions {
+        name: args.model.clone(),
+        rows: numbers(&args.rows),
+        contexts: numbers(&args.contexts),
+        prompts: numbers(&args.prompts),
+        kv_tokens: args.kv_tokens,
+        ceilings: Ceilings { read_tbps: args.read_tbps, bf16_tflops: args.bf16_tflops },
+        portable: args.portable,
+    };
+    let report = bench::run_kernels(&options, &mut |step| eprintln!("{step}"))?;
+    tell(&report.table(), &report.json(), args.json.as_deref())
+}
+
+fn measure_seed(args: &BenchSeedArgs) -> Result<(), ExitReport> {
+    let BenchSeedArgs { model, random_weights, device, dtype, json } = args;
+    let model = match (model, random_weights) {
+        (Some(dir), _) => SeedModel::Checkpoint {
+            dir: dir.clone(),
+            device: *device,
+            dtype: dtype.map(Into::into),
+        },
+        (None, Some(name)) => SeedModel::Random(name.clone()),
+        (None, None) => unreachable!("the command line demands one or the other"),
+    };
+    let report = bench::run_seed(&model)?;
+    tell(&report.table(), &report.json(), json.as_deref())
+}
+
+/// A table for people; JSON where a file was named for it.
+fn tell(table: &str, json: &str, file: Option<&Path>) -> Result<(), ExitReport> {
+    print!("{table}");
+    let Some(file) = file else { return Ok(()) };
+    std::fs::write(file, json.to_owned() + "\n")
+        .map_err(|e| exit::internal(format!("failed to write {}: {e}", file.display())))
 }

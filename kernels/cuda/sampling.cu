@@ -184,16 +184,8 @@ __device__ __forceinline__ Parts parts_of(float value) {
     return {__float_as_int(high) - 0x55400000, __float_as_int(low) - 0x4b400000};
 }
 __device__ __forceinline__ uint64_t random_bits(uint64_t seed, uint32_t position) {
-    uint32_t c0 = position, c1 = 0, c2 = 0, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0, b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-        c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(b);
-        c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(a);
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    return static_cast<uint64_t>(c1) << 32 | c0;
+    const uint4 words = philox(position, seed);
+    return static_cast<uint64_t>(words.y) << 32 | words.x;
 }
 
 struct Shared {

@@ -102,20 +102,6 @@ struct RandomArguments {
     uint64_t seed;
 };
 
-// Philox 4x32-10 of (counter, key), as reference/random.rs.
-__device__ __forceinline__ uint4 philox(uint64_t counter, uint64_t key) {
-    uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
-    uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * c0, b = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-        c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(b);
-        c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(a);
-        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-    }
-    return make_uint4(c0, c1, c2, c3);
-}
-
 // Box and Muller: two normal numbers of two words.
 __device__ __forceinline__ float2 normals(uint32_t a, uint32_t b) {
     // (0, 1], so that the logarithm is finite.

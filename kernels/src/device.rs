@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result, sys};
+use plimsoll_contract::abilities::{CUDA_COMPUTE_MAJOR_MIN, CUDA_MAJOR_MIN};
 
 use crate::cuda::{Family, NoImage, image};
 
@@ -20,12 +21,14 @@ pub enum DeviceError {
     #[error("no CUDA driver: libcuda was not found on this host")]
     NoDriver,
     #[error(
-        "the CUDA driver is of CUDA {major}.{minor}, and the kernels need {MIN_MAJOR}.0 or newer: update the driver to 580 or later"
+        "the CUDA driver is of CUDA {major}.{minor}, and the kernels need {CUDA_MAJOR_MIN}.0 or newer: update the driver to 580 or later"
     )]
     OldDriver { major: i32, minor: i32 },
     #[error("the CUDA driver shows {count} devices and number {ordinal} was asked for")]
     NoDevice { ordinal: usize, count: i32 },
-    #[error("{name} has compute capability {major}.{minor}, and the kernels need 8.0 or newer")]
+    #[error(
+        "{name} has compute capability {major}.{minor}, and the kernels need {CUDA_COMPUTE_MAJOR_MIN}.0 or newer"
+    )]
     UnknownCard { name: String, major: i32, minor: i32 },
     #[error(transparent)]
     NoImage(#[from] NoImage),
@@ -37,9 +40,6 @@ pub enum DeviceError {
     #[error("the CUDA driver failed to {doing}: {source}")]
     Driver { doing: &'static str, source: DriverError },
 }
-
-/// The CUDA whose toolkit compiles the kernels; an older driver does not load them.
-const MIN_MAJOR: i32 = 13;
 
 /// A place in device memory that holds elements of `T`.
 #[repr(transparent)]
@@ -272,7 +272,7 @@ impl Device {
         unsafe { sys::cuDriverGetVersion(&raw mut version) }
             .result()
             .map_err(failed("tell its version"))?;
-        if version < MIN_MAJOR * 1000 {
+        if i64::from(version) < 1000 * CUDA_MAJOR_MIN.cast_signed() {
             return Err(DeviceError::OldDriver {
                 major: version / 1000,
                 minor: version % 1000 / 10,
@@ -286,7 +286,7 @@ impl Device {
         // SAFETY: one stream is used, so nothing needs the events that would order several.
         unsafe { context.disable_event_tracking() };
         let capability = context.compute_capability().map_err(failed("tell its capability"))?;
-        if capability.0 < 8 {
+        if i64::from(capability.0) < CUDA_COMPUTE_MAJOR_MIN.cast_signed() {
             let name = context.name().unwrap_or_default();
             let (major, minor) = capability;
             return Err(DeviceError::UnknownCard { name, major, minor });

@@ -164,8 +164,9 @@ impl Case {
         let pointer =
             |buffer: &Option<Buffer>| buffer.as_ref().map_or(Pointer::NULL, Buffer::pointer);
         let logits = self.epilogue == Epilogue::Logits;
-        let workspace = poisoned(device, gemm.workspace_bytes());
-        let counters = device.zeroed(4 * gemm.counters(), "a test").unwrap();
+        let (partial_bytes, count) = GemmTile::workspace(device.processors());
+        let workspace = poisoned(device, partial_bytes);
+        let counters = device.zeroed(4 * count, "a test").unwrap();
         let arguments = GemmArguments {
             weights: self.weights.pointer(),
             input: self.input.pointer(),
@@ -192,7 +193,7 @@ impl Case {
         };
         let arguments = GemmArguments { width: self.columns() as f32, ..arguments };
         gemm.launch_as(device, self.epilogue, &arguments, plan).unwrap();
-        let counts: Vec<i32> = back(device, &counters, gemm.counters());
+        let counts: Vec<i32> = back(device, &counters, count);
         assert!(
             counts.iter().all(|&count| count == 0),
             "{plan:?} leaves its counters as they were"

@@ -3,6 +3,7 @@
 
 use std::marker::PhantomData;
 
+use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions, PropagationPolicy};
@@ -129,11 +130,7 @@ impl Writer<'_> {
             (Err(kube::Error::Api(status)), Some(live)) if status.code == 422 => {
                 let mut whole = serde_json::to_value(live.as_ref()).expect("the API speaks JSON");
                 impose(&body, &mut whole);
-                let params = PatchParams {
-                    field_manager: Some(names::MANAGER.to_owned()),
-                    ..PatchParams::default()
-                };
-                api.patch(name, &params, &Patch::Merge(&whole)).await
+                api.patch(name, &by_us_patch(), &Patch::Merge(&whole)).await
             }
             (answer, _) => answer,
         };
@@ -181,12 +178,8 @@ impl Writer<'_> {
         let patch = serde_json::json!({"metadata": {
             "resourceVersion": live.resource_version(), "ownerReferences": owners,
         }});
-        let params = PatchParams {
-            field_manager: Some(names::MANAGER.to_owned()),
-            ..PatchParams::default()
-        };
         let kind = K::kind(&()).into_owned();
-        match api.patch(&name, &params, &Patch::Merge(&patch)).await {
+        match api.patch(&name, &by_us_patch(), &Patch::Merge(&patch)).await {
             Ok(written) => {
                 self.wrote(&written, "shared").await;
                 Ok(())
@@ -243,6 +236,23 @@ impl Writer<'_> {
         }
     }
 
+    /// Takes our protection from a pod that answers; no rollout comes of an annotation on a pod.
+    pub async fn release(&self, pod: &Pod) -> Result<(), ApplyError> {
+        let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let api: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
+        let patch = serde_json::json!({"metadata": {
+            "uid": pod.uid(), "annotations": {names::DO_NOT_DISRUPT: null},
+        }});
+        match api.patch(&name, &by_us_patch(), &Patch::Merge(&patch)).await {
+            Ok(written) => {
+                self.wrote(&written, "released").await;
+                Ok(())
+            }
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(source) => Err(ApplyError::Api { kind: "Pod".to_owned(), name, source }),
+        }
+    }
+
     /// Counts a write, and waits until the cache shows it.
     async fn wrote<K: Cached>(&self, written: &K, how: &str) {
         let (namespace, name) = (written.namespace().unwrap_or_default(), written.name_any());
@@ -283,6 +293,10 @@ impl Writer<'_> {
 
 fn by_us() -> PostParams {
     PostParams { field_manager: Some(names::MANAGER.to_owned()), dry_run: false }
+}
+
+fn by_us_patch() -> PatchParams {
+    PatchParams { field_manager: Some(names::MANAGER.to_owned()), ..PatchParams::default() }
 }
 
 /// Refuses to touch what is not ours.

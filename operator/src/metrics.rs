@@ -1,15 +1,21 @@
 //! In: what reconciles did, and the objects in the cache at the moment of a scrape. Out: Prometheus text.
-//! Conditions are read from the cache at each scrape, so that no series outlives its object.
+//! What tells of objects is read from the caches at each scrape, so that no series outlives its object.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
+use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
+use plimsoll_contract::metrics::operator as names;
 use plimsoll_crds::LLMDeployment;
 use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
 };
 
+use crate::desired::names as labels;
+
+const TO_MEMORY: &str = "writing to memory does not fail";
 /// Bucket bounds of one reconcile, in seconds: a silent one takes well under a millisecond, a writing one some tens.
 const RECONCILE_BUCKETS: &[f64] =
     &[0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0];
@@ -27,26 +33,19 @@ impl Metrics {
     pub fn new() -> Self {
         let valid = "names and labels are valid";
         let reconcile_seconds = HistogramVec::new(
-            HistogramOpts::new(
-                "plimsoll_operator_reconcile_duration_seconds",
-                "Time of a reconcile",
-            )
-            .buckets(RECONCILE_BUCKETS.to_vec()),
+            HistogramOpts::new(names::RECONCILE_SECONDS, "Time of a reconcile")
+                .buckets(RECONCILE_BUCKETS.to_vec()),
             &["result"],
         )
         .expect(valid);
-        let reconciles = IntCounterVec::new(
-            Opts::new("plimsoll_operator_reconcile_total", "Reconciles by result"),
-            &["result"],
-        )
-        .expect(valid);
-        let errors = IntCounter::new(
-            "plimsoll_operator_reconcile_errors_total",
-            "Reconciles that failed and are tried again",
-        )
-        .expect(valid);
+        let reconciles =
+            IntCounterVec::new(Opts::new(names::RECONCILES, "Reconciles by result"), &["result"])
+                .expect(valid);
+        let errors =
+            IntCounter::new(names::RECONCILE_ERRORS, "Reconciles that failed and are tried again")
+                .expect(valid);
         let writes = IntCounterVec::new(
-            Opts::new("plimsoll_operator_writes_total", "Writes to the API server by kind"),
+            Opts::new(names::WRITES, "Writes to the API server by kind"),
             &["kind"],
         )
         .expect(valid);
@@ -72,35 +71,88 @@ impl Metrics {
         self.writes.with_label_values(&[kind]).inc();
     }
 
-    /// The exposition, with one condition series per object and condition.
-    pub fn text<'a>(&self, objects: impl Iterator<Item = &'a LLMDeployment>) -> String {
+    /// The exposition, with the series of every object and engine pod there is at this moment.
+    pub fn text(&self, seen: &Scraped<'_>) -> String {
         let mut bytes = Vec::new();
         TextEncoder::new()
             .encode(&self.registry.gather(), &mut bytes)
             .expect("writing to memory does not fail");
         let mut text = String::from_utf8(bytes).expect("the encoder writes UTF-8");
-        write_conditions(objects, &mut text);
+        family(&mut text, names::LEADING, "gauge", "1 in the process that holds the Lease");
+        line(&mut text, names::LEADING, &[], i64::from(seen.leading));
+        write_conditions(seen.objects, &mut text);
+        write_plans(seen.objects, &mut text);
+        write_restarts(seen.pods, &mut text);
         text
     }
 }
 
-fn write_conditions<'a>(objects: impl Iterator<Item = &'a LLMDeployment>, text: &mut String) {
-    text.push_str(
-        "# HELP plimsoll_llmdeployment_condition Conditions of LLMDeployments; 1 for the status that holds\n\
-         # TYPE plimsoll_llmdeployment_condition gauge\n",
-    );
+/// What a scrape reads beside the counters.
+pub struct Scraped<'a> {
+    pub leading: bool,
+    pub objects: &'a [Arc<LLMDeployment>],
+    pub pods: &'a [Arc<Pod>],
+}
+
+fn write_conditions(objects: &[Arc<LLMDeployment>], text: &mut String) {
+    family(text, names::CONDITION, "gauge", "Conditions of LLMDeployments; 1 for what holds");
     for object in objects {
-        let namespace = object.namespace().unwrap_or_default();
-        let name = object.name_any();
-        let conditions = object.status.iter().flat_map(|status| &status.conditions);
-        for condition in conditions {
-            writeln!(
-                text,
-                "plimsoll_llmdeployment_condition{{namespace=\"{namespace}\",name=\"{name}\",\
-                 type=\"{}\",status=\"{}\",reason=\"{}\"}} 1",
-                condition.type_, condition.status, condition.reason
-            )
-            .expect("writing to memory does not fail");
+        let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+        for held in object.status.iter().flat_map(|status| &status.conditions) {
+            let labels = [
+                ("namespace", namespace.as_str()),
+                ("name", &name),
+                ("type", &held.type_),
+                ("status", &held.status),
+                ("reason", &held.reason),
+            ];
+            line(text, names::CONDITION, &labels, 1);
         }
     }
+}
+
+fn write_plans(objects: &[Arc<LLMDeployment>], text: &mut String) {
+    family(text, names::PLAN_MEMORY_BYTES, "gauge", "Bytes of one pod that the plan counts on");
+    for object in objects {
+        let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+        let plan = object.status.as_ref().and_then(|status| status.plan.as_ref());
+        let Some(bytes) = plan.map(|plan| &plan.memory_bytes) else { continue };
+        for (part, bytes) in [
+            ("weights", bytes.weights),
+            ("kv", bytes.kv),
+            ("workspace", bytes.workspace),
+            ("process", bytes.process),
+        ] {
+            let labels = [("namespace", namespace.as_str()), ("name", &name), ("part", part)];
+            line(text, names::PLAN_MEMORY_BYTES, &labels, bytes);
+        }
+    }
+}
+
+/// Of engine pods only; those of Jobs start once.
+fn write_restarts(pods: &[Arc<Pod>], text: &mut String) {
+    let help = "Containers of engine pods that ended and were started anew";
+    family(text, names::ENGINE_RESTARTS, "counter", help);
+    for pod in pods {
+        let Some(name) = pod.labels().get(labels::NAME) else { continue };
+        let (namespace, pod_name) = (pod.namespace().unwrap_or_default(), pod.name_any());
+        let statuses =
+            pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+        let restarts: i64 = statuses.map(|held| i64::from(held.restart_count)).sum();
+        let labels = [("namespace", namespace.as_str()), ("name", name), ("pod", &pod_name)];
+        line(text, names::ENGINE_RESTARTS, &labels, restarts);
+    }
+}
+
+fn family(text: &mut String, name: &str, kind: &str, help: &str) {
+    writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}").expect(TO_MEMORY);
+}
+
+/// Values of labels are names of Kubernetes or words of ours: nothing in them wants escaping.
+fn line(text: &mut String, name: &str, labels: &[(&str, &str)], value: i64) {
+    let labels: Vec<String> =
+        labels.iter().map(|(label, value)| format!("{label}=\"{value}\"")).collect();
+    let labels =
+        if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+    writeln!(text, "{name}{labels} {value}").expect(TO_MEMORY);
 }

@@ -13,6 +13,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
 };
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::runtime::reflector::{ObjectRef, Store, store};
 use kube::runtime::watcher::{self, watcher};
@@ -23,7 +24,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::watch;
 
+use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
+
+mod optional;
+
+pub use optional::Optional;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
@@ -38,12 +44,16 @@ pub struct Caches {
     services: Store<Service>,
     service_accounts: Store<ServiceAccount>,
     budgets: Store<PodDisruptionBudget>,
+    policies: Store<NetworkPolicy>,
     revisions: Store<ControllerRevision>,
     jobs: Store<Job>,
     claims: Store<PersistentVolumeClaim>,
     facts: Store<ConfigMap>,
     pods: Store<Pod>,
     nodes: Store<Node>,
+    /// Kinds of the Prometheus operator, which may be there, come or go.
+    pub pod_monitors: Optional<PodMonitor>,
+    pub prometheus_rules: Optional<PrometheusRule>,
 }
 
 /// A namespaced kind that has a cache here.
@@ -75,11 +85,24 @@ cached! {
     Service => services,
     ServiceAccount => service_accounts,
     PodDisruptionBudget => budgets,
+    NetworkPolicy => policies,
     ControllerRevision => revisions,
     Job => jobs,
     PersistentVolumeClaim => claims,
     ConfigMap => facts,
     Pod => pods,
+}
+
+impl Cached for PodMonitor {
+    fn cache(caches: &Caches) -> &Store<Self> {
+        &caches.pod_monitors.store
+    }
+}
+
+impl Cached for PrometheusRule {
+    fn cache(caches: &Caches) -> &Store<Self> {
+        &caches.prometheus_rules.store
+    }
 }
 
 /// Objects to look at, as the watches bring them.
@@ -92,12 +115,19 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let (services, services_writer) = store();
     let (service_accounts, service_accounts_writer) = store();
     let (budgets, budgets_writer) = store();
+    let (policies, policies_writer) = store();
     let (revisions, revisions_writer) = store();
     let (jobs, jobs_writer) = store();
     let (claims, claims_writer) = store();
     let (facts, facts_writer) = store();
     let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
+    let scope = Scope { client, namespace };
+    let everyone = everyone(objects.clone());
+    let (pod_monitors, monitored) =
+        optional::follow(client, scope.api(), monitoring::POD_MONITORS, everyone.clone());
+    let (prometheus_rules, ruled) =
+        optional::follow(client, scope.api(), monitoring::PROMETHEUS_RULES, everyone);
     let (fill, filled) = watch::channel(false);
     let caches = Arc::new(Caches {
         objects,
@@ -106,12 +136,15 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         services,
         service_accounts,
         budgets,
+        policies,
         revisions,
         jobs,
         claims,
         facts,
         pods,
         nodes,
+        pod_monitors,
+        prometheus_rules,
     });
     let filling = caches.clone();
     tokio::spawn(async move {
@@ -121,7 +154,6 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         }
         fill.closed().await;
     });
-    let scope = Scope { client, namespace };
     let mut triggers = SelectAll::new();
     let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
     let everything = watcher::Config::default();
@@ -130,6 +162,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     triggers.push(scope.children(services_writer, trim_meta));
     triggers.push(scope.children(service_accounts_writer, trim_meta));
     triggers.push(scope.children(budgets_writer, trim_meta));
+    triggers.push(scope.children(policies_writer, trim_meta));
     triggers.push(scope.children(revisions_writer, trim_meta));
     triggers.push(scope.children(jobs_writer, trim_meta));
     triggers.push(scope.children(claims_writer, trim_meta));
@@ -140,7 +173,14 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let objects = caches.objects.clone();
     let unplanned = move |_: &Node| objects_without_a_plan(&objects);
     triggers.push(follow(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
+    triggers.push(monitored);
+    triggers.push(ruled);
     (caches, triggers)
+}
+
+/// All of our objects, as of the moment of the call.
+fn everyone(objects: Store<LLMDeployment>) -> impl Fn() -> Vec<ObjectRef<LLMDeployment>> + Clone {
+    move || objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
 }
 
 struct Scope<'a> {
@@ -231,7 +271,9 @@ fn trim_meta<K: Resource>(object: &mut K) {
 /// Of a pod only what tells whether it runs, where, and why not.
 fn trim_pod(pod: &mut Pod) {
     trim_meta(pod);
-    pod.metadata.annotations = None;
+    if let Some(annotations) = &mut pod.metadata.annotations {
+        annotations.retain(|name, _| name == names::DO_NOT_DISRUPT);
+    }
     pod.metadata.owner_references = None;
     if let Some(spec) = pod.spec.take() {
         let mut volumes = spec.volumes.unwrap_or_default();
@@ -292,6 +334,11 @@ impl Caches {
         let _ = filled.wait_for(|filled| *filled).await;
     }
 
+    /// Every pod that carries our label.
+    pub fn pods(&self) -> Vec<Arc<Pod>> {
+        self.pods.state()
+    }
+
     pub fn is_ready(&self) -> bool {
         *self.filled.borrow()
     }
@@ -303,6 +350,7 @@ impl Caches {
         self.services.wait_until_ready().await?;
         self.service_accounts.wait_until_ready().await?;
         self.budgets.wait_until_ready().await?;
+        self.policies.wait_until_ready().await?;
         self.revisions.wait_until_ready().await?;
         self.jobs.wait_until_ready().await?;
         self.claims.wait_until_ready().await?;

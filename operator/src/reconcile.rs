@@ -16,7 +16,9 @@ use tokio::sync::Mutex;
 
 use crate::apply::{Applied, ApplyError, Owner, Writer};
 use crate::desired::model::Place;
-use crate::desired::{self, Identity, Settings, deployment, pod, reach};
+use crate::desired::{
+    self, Children, Identity, Settings, Surroundings, deployment, pod, protection, reach,
+};
 use crate::events::Repair;
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
@@ -95,7 +97,8 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         }
     };
     if let Err(error) = outcome {
-        let first = object.status.is_none();
+        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
+        let first = seen.is_none();
         if let Err(error) = pass.stopped_by(error) {
             // What serves goes on serving while the API server has trouble; only a new object must not stay silent.
             if first {
@@ -162,7 +165,8 @@ async fn roll(
     pass: &mut Pass,
 ) -> Result<(), ApplyError> {
     let deployment = seen.deployment.as_deref();
-    let replicas = if spec.suspend { 0 } else { spec.replicas };
+    let around = Surroundings::of(spec, &context.settings);
+    let replicas = around.replicas;
     let now = context.now().0;
     let rollout = match &pass.current {
         Some(to) => Some(rollout::step(&rollout::Inputs {
@@ -182,7 +186,13 @@ async fn roll(
     pass.rollout = Some(rollout.clone());
     let standing = &rollout.revision;
     if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
-        pass.repaired = stand(object, &rollout, replicas, identity, context).await?;
+        pass.repaired = stand(object, &rollout, around, identity, context).await?;
+    }
+    release(spec, seen, context).await?;
+    if pass.current.as_ref() == Some(standing) {
+        let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
+        let settled = engines.settled(replicas);
+        tidy(&rollout, revisions, settled, identity, context).await?;
     }
     if pass.current.as_ref() == Some(standing) {
         let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
@@ -345,13 +355,13 @@ async fn rehearsed(
 async fn stand(
     object: &LLMDeployment,
     rollout: &Rollout,
-    replicas: u32,
+    around: Surroundings<'_>,
     identity: &Identity,
     context: &Context,
 ) -> Result<Vec<Repair>, ApplyError> {
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
-    let children = desired::children(identity, rollout, replicas);
+    let children = desired::children(identity, rollout, around);
     let budget = async {
         match &children.disruption_budget {
             // Whether it was there before depends on the number of replicas.
@@ -364,8 +374,10 @@ async fn stand(
     };
     let account = writer.apply(&children.service_account, owner);
     let service = writer.apply(&children.service, owner);
-    let (account, service, budget) = tokio::try_join!(account, service, budget)?;
+    let policy = writer.apply(&children.network_policy, owner);
+    let (account, service, policy, budget) = tokio::try_join!(account, service, policy, budget)?;
     let deployment = writer.apply(&children.deployment, owner).await?;
+    monitor(&children, owner, context).await?;
     // A status that tells of this revision was written after its children stood.
     let stood = object.status.as_ref().and_then(|status| status.revision.as_ref());
     let stood = stood == Some(&rollout.revision.name);
@@ -373,10 +385,54 @@ async fn stand(
     let repairs = [
         events::repair(&children.service_account, &account, stood),
         events::repair(&children.service, &service, stood),
+        // One that an older operator did not make is no repair.
+        events::repair(&children.network_policy, &policy, false),
         budgeted.and_then(|want| events::repair(want, &budget, stood)),
         events::repair(&children.deployment, &deployment, stood),
     ];
     Ok(repairs.into_iter().flatten().collect())
+}
+
+/// Monitors and rules, where the cluster knows these kinds. That nobody watches keeps no model from serving.
+async fn monitor(
+    children: &Children,
+    owner: Owner<'_>,
+    context: &Context,
+) -> Result<(), ApplyError> {
+    let writer = context.writer();
+    let monitors = async {
+        match context.caches.pod_monitors.is_served() {
+            true => writer.apply(&children.pod_monitor, owner).await,
+            false => Ok(Applied::Unchanged),
+        }
+    };
+    let rules = async {
+        match context.caches.prometheus_rules.is_served() {
+            true => writer.apply(&children.prometheus_rule, owner).await,
+            false => Ok(Applied::Unchanged),
+        }
+    };
+    let (monitors, rules) = tokio::join!(monitors, rules);
+    for done in [monitors, rules] {
+        match done {
+            Err(error @ (ApplyError::Foreign { .. } | ApplyError::Refused { .. })) => {
+                tracing::warn!(%error, "nobody watches over this object");
+            }
+            done => drop(done?),
+        }
+    }
+    Ok(())
+}
+
+/// Pods that have come to answer are protected no more.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
+    if protection::is_the_users(spec) {
+        return Ok(());
+    }
+    for pod in protection::over(&seen.pods, &seen.nodes) {
+        context.writer().release(pod.as_ref()).await?;
+    }
+    Ok(())
 }
 
 /// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.

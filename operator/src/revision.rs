@@ -16,7 +16,7 @@ use crate::fields::digest;
 use crate::plan::Update;
 
 /// Says by which renderer a revision was made. Never compared: an old template is as good as a new one.
-pub const TEMPLATE_VERSION: u32 = 1;
+pub const TEMPLATE_VERSION: u32 = 2;
 /// Revisions kept beside the one that runs, so that going back needs no new plan.
 pub const HISTORY_MAX: usize = 5;
 
@@ -28,7 +28,7 @@ pub struct Content {
     /// The engine that the operator brought when it was made; unknown of older ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub engine_image: Option<String>,
-    /// Digest of the spec it answers to, without what scales or suspends.
+    /// Digest of the spec it answers to, without what scales, suspends, lets clients in or says how pods are replaced.
     pub spec_digest: String,
     /// Key of the model source, so that its download is kept while this revision runs.
     pub model_key: String,
@@ -62,12 +62,14 @@ pub struct Revision {
     pub content: Content,
 }
 
-/// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, not what.
+/// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, the network who
+/// reaches them.
 pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");
-    fields.shift_remove("replicas");
-    fields.shift_remove("suspend");
+    for field in ["replicas", "suspend", "network"] {
+        fields.shift_remove(field);
+    }
     if let Some(rollout) = fields.get_mut("rollout").and_then(Value::as_object_mut) {
         // How pods are replaced is no part of what they are.
         let before = rollout.len();

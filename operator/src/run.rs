@@ -20,7 +20,7 @@ use kube::runtime::controller::{self, Action};
 use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::utils::CancelableJoinHandle;
 use kube::{Api, Client, Config, Resource};
-use plimsoll_crds::LLMDeployment;
+use plimsoll_crds::{Clients, LLMDeployment};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -29,7 +29,7 @@ use tracing_subscriber::EnvFilter;
 use crate::apply::ApplyError;
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
 use crate::reconcile::{Context, reconcile};
 
@@ -61,6 +61,12 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from [default: the public hub]
     #[arg(long, value_name = "URL")]
     pub hub_endpoint: Option<String>,
+    /// Who may reach engines whose spec.network does not say
+    #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
+    pub clients: ClientsArg,
+    /// A label, KEY=VALUE, by which a Prometheus finds PodMonitors and PrometheusRules; may be repeated [default: none]
+    #[arg(long = "monitor-label", value_name = "KEY=VALUE", value_parser = label)]
+    pub monitor_labels: Vec<(String, String)>,
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
     #[arg(long, value_name = "NAMESPACE", env = "POD_NAMESPACE")]
     pub lease_namespace: Option<String>,
@@ -80,6 +86,32 @@ pub enum LogFormat {
     Auto,
     Text,
     Json,
+}
+
+/// Whom a NetworkPolicy lets in, as a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ClientsArg {
+    /// Pods of the object's namespace, and of namespaces labelled plimsoll.dev/clients=true
+    Namespace,
+    /// Every pod of the cluster
+    Cluster,
+    /// From outside too
+    Anyone,
+}
+
+impl From<ClientsArg> for Clients {
+    fn from(clients: ClientsArg) -> Clients {
+        match clients {
+            ClientsArg::Namespace => Clients::Namespace,
+            ClientsArg::Cluster => Clients::Cluster,
+            ClientsArg::Anyone => Clients::Anyone,
+        }
+    }
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("a label is KEY=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 /// `plimsoll run`.
@@ -144,6 +176,9 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,
             hub_endpoint: options.hub_endpoint,
+            home,
+            clients: options.clients.into(),
+            monitor_labels: options.monitor_labels.into_iter().collect(),
         },
     });
     lead(&mut leader, context, triggers, stop).await?;
@@ -308,8 +343,11 @@ async fn readyz(State(served): State<Arc<Served>>) -> (StatusCode, &'static str)
 }
 
 async fn metrics(State(served): State<Arc<Served>>) -> String {
-    let objects = served.caches.get().map(|caches| caches.objects.state()).unwrap_or_default();
-    served.metrics.text(objects.iter().map(Arc::as_ref))
+    let caches = served.caches.get();
+    let objects = caches.map(|caches| caches.objects.state()).unwrap_or_default();
+    let pods = caches.map(|caches| caches.pods()).unwrap_or_default();
+    let leading = caches.is_some();
+    served.metrics.text(&Scraped { leading, objects: &objects, pods: &pods })
 }
 
 #[cfg(test)]

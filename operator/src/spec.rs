@@ -7,7 +7,7 @@ use std::fmt;
 use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
 use plimsoll_crds::{
-    AccessMode, Amount, CacheDtype, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade,
+    AccessMode, Amount, CacheDtype, Clients, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade,
     RolloutStrategy,
 };
 use serde::Serialize;
@@ -52,6 +52,8 @@ pub struct Spec {
     pub drain_seconds: u32,
     pub strategy: RolloutStrategy,
     pub operator_upgrade: OperatorUpgrade,
+    /// Who may reach the engine, where the object says.
+    pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
 }
@@ -151,6 +153,7 @@ impl Door {
             storage,
             resources,
             rollout,
+            network,
             suspend,
             pod_template,
         } = &object.spec;
@@ -206,6 +209,7 @@ impl Door {
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
             strategy: rollout.strategy.unwrap_or_default(),
             operator_upgrade: rollout.operator_upgrade.unwrap_or_default(),
+            clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
             name,

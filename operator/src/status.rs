@@ -302,4 +302,6 @@ pub fn overlay_not_allowed(field: &str) -> Said {
 }
 
 #[cfg(test)]
+mod complaints;
+#[cfg(test)]
 mod tests;

@@ -49,8 +49,9 @@ def main():
         sys.exit(f"pack: cargo built no {', '.join(sorted(missing))}")
     for part in ("goldens", "model"):
         shutil.copytree(ROOT / "tests" / part, folder / "data" / part, ignore=shutil.ignore_patterns("__pycache__", "corpus*", "loss*"))
-    for part in ("run.sh", "ceilings.py", "bf16.py", "heldout.py", "startup.py"):
+    for part in ("run.sh", "ceilings.py", "bf16.py", "heldout.py", "checkpoint.py", "startup.py", "serve.py", "peer_lmdeploy.py"):
         shutil.copy(ROOT / "tests" / "gpu" / part, folder / part)
+    shutil.copy(ROOT / "engine" / "src" / "bench" / "mixed600.csv", folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 2**20:.1f} MiB; on the GPU machine: bash run.sh")
     if size > LIMIT:

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Tests and measures the engine on a machine with an NVIDIA driver, from a pack that `make gpu-pack` made.
 #
-#   bash run.sh [check] [sanitize] [bench] [startup]      the first three without an argument; results in ./out
+#   bash run.sh [check] [sanitize] [bench] [kernels] [startup] [serve] [peers]      the first four without an argument; results in ./out
 #
 # check      every kernel against its plain reference, then the models against their goldens
 # sanitize   memcheck and racecheck over small shapes, where compute-sanitizer is installed
 # bench      the card's ceilings (where torch is), then the workloads of docs/perf.md
+# kernels    each kernel of a step by itself, beside its floor
 # startup    makes 17 GB of files with torch, and times the engine from its start to the first token
+# serve      makes 2.5 GB of files with torch, serves them over HTTP, and drives the server in closed and open loops
+# peers      makes 20 GB of files with torch, and has LMDeploy take the workloads of `bench` on this card, where it is installed
 set -uo pipefail
 cd "$(dirname "$0")"
 mkdir -p out
 export PLIMSOLL_TESTS=$PWD/data
-parts=${*:-check sanitize bench}
+parts=${*:-check sanitize bench kernels}
 failed=0
 
 say() { printf '\n== %s\n' "$*"; }
@@ -44,13 +47,14 @@ if [[ " $parts " == *" sanitize "* ]]; then
     fi
 fi
 
-if [[ " $parts " == *" bench "* ]]; then
-    ceilings=()
-    if python3 -c 'import torch' 2>/dev/null; then
-        python3 ceilings.py | tee out/ceilings.json
-        ceilings=($(python3 -c 'import json; c = json.load(open("out/ceilings.json"))
+ceilings=()
+if [[ " $parts " == *" bench "* || " $parts " == *" kernels "* ]] && python3 -c 'import torch' 2>/dev/null; then
+    python3 ceilings.py | tee out/ceilings.json
+    ceilings=($(python3 -c 'import json; c = json.load(open("out/ceilings.json"))
 print("--read-tbps", c["read_TBps_sum"], "--bf16-tflops", c["bf16_TFLOPs_8192"])'))
-    fi
+fi
+
+if [[ " $parts " == *" bench "* ]]; then
     for model in llama-3.2-1b llama-3.1-8b; do
         say "bench $model"
         bin/plimsoll-engine bench --random-weights "$model" "${ceilings[@]}" --json >"out/$model.json" 2>"out/$model.log" || { failed=1; echo FAILED; }
@@ -58,9 +62,29 @@ print("--read-tbps", c["read_TBps_sum"], "--bf16-tflops", c["bf16_TFLOPs_8192"])
     done
 fi
 
+if [[ " $parts " == *" kernels "* ]]; then
+    for model in llama-3.2-1b llama-3.1-8b; do
+        say "bench kernels $model"
+        timeout 240 bin/plimsoll-engine bench kernels "$model" "${ceilings[@]}" --json "out/kernels_$model.json" \
+            2>"out/kernels_$model.log" || { failed=1; echo FAILED; tail -3 "out/kernels_$model.log"; }
+    done
+fi
+
 if [[ " $parts " == *" startup "* ]]; then
     say 'from process start to the first token of an 8B model'
     timeout 240 python3 startup.py bin/plimsoll-engine data "${TMPDIR:-/tmp}" | tee out/startup.json || { failed=1; echo FAILED; }
+fi
+
+if [[ " $parts " == *" serve "* ]]; then
+    say 'a 1B model over HTTP'
+    timeout 300 python3 serve.py bin/plimsoll-engine data llama-3.2-1b "${TMPDIR:-/tmp}" out || { failed=1; echo FAILED; }
+fi
+
+if [[ " $parts " == *" peers "* ]]; then
+    for model in llama-3.2-1b llama-3.1-8b; do
+        say "LMDeploy, $model"
+        timeout 240 python3 peer_lmdeploy.py data "$model" "${TMPDIR:-/tmp}" "out/lmdeploy_$model.json" 2>"out/lmdeploy_$model.log" || { failed=1; echo FAILED; }
+    done
 fi
 
 [ "$failed" = 0 ] && echo 'all passed' || echo 'something FAILED'

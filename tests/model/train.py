@@ -4,7 +4,7 @@ Enters: tokenizer.json and the corpus, made afresh by worker processes while tra
 config.json, model.safetensors (bf16), loss.csv and loss.svg. Never happens: a sample is seen twice, or attends to its neighbour in
 the pack; every sample starts at position 0, as it will when served.
 
-Run: python tests/model/train.py --out DIR --steps 19000 --minutes 8.2     (torch 2.11; one H200)
+Run: python tests/model/train.py --out DIR --steps 20000 --minutes 8.4     (torch 2.11; one H100 or H200)
 Loss counts on the assistant's turns and on prose. The order of samples follows from the seed alone; sums on the GPU may differ
 in their last bits from run to run.
 """

@@ -1,6 +1,6 @@
 //! Plimsoll on a node, as a user installs it: images and the Helm chart.
 //!
-//! In: the programs in this build's folder and the chart. Out: the operator, Available, in a
+//! In: the programs in this build's folder, the chart and the one before it. Out: the operator, Available, in a
 //! namespace that enforces the restricted pod security level. Never compiles anything.
 
 use std::path::{Path, PathBuf};
@@ -12,6 +12,8 @@ use crate::cluster::{Image, Node};
 /// The operator's own namespace.
 pub const NAMESPACE: &str = "plimsoll-system";
 const RELEASE: &str = "plimsoll";
+/// The chart before the last change of its values, packed.
+const PREVIOUS_CHART: &str = "plimsoll-0.1.0-first.tgz";
 const CERTIFICATES: &str = "/etc/ssl/certs/ca-certificates.crt";
 
 /// The root of the clone.
@@ -35,18 +37,22 @@ pub fn import_engine(node: &Node) -> Result<()> {
     node.import(&image("engine", "plimsoll-engine")?)
 }
 
-/// Imports the images and installs the chart with `settings` (Helm's `key=value`); returns when the
-/// operator is Available.
+/// Imports the images, installs the chart as it was before with `settings` (Helm's `key=value`), and upgrades to the one
+/// of this clone as users do, their values kept; returns when the operator is Available.
 pub fn install(node: &Node, settings: &[&str]) -> Result<()> {
     import_engine(node)?;
     node.import(&image("operator", "plimsoll")?)?;
     restricted_namespace(node, NAMESPACE)?;
-    let chart = root().join("charts/plimsoll").display().to_string();
-    let mut words = vec!["install", RELEASE, &chart, "--namespace", NAMESPACE];
-    words.extend(["--wait", "--timeout", "90s"]);
+    let before = root().join("tests/charts").join(PREVIOUS_CHART).display().to_string();
+    // Not awaited: its image is this build's, which its rights were not made for.
+    let mut words = vec!["install", RELEASE, &before, "--namespace", NAMESPACE];
     for setting in settings {
         words.extend(["--set", setting]);
     }
+    node.helm(&words)?;
+    let chart = root().join("charts/plimsoll").display().to_string();
+    let mut words = vec!["upgrade", RELEASE, &chart, "--namespace", NAMESPACE, "--reuse-values"];
+    words.extend(["--wait", "--timeout", "90s"]);
     node.helm(&words).with_context(|| {
         // Helm says that it waited in vain; why stands in the pods.
         let words = ["--namespace", NAMESPACE, "describe", "pods"];

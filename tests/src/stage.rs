@@ -129,7 +129,7 @@ impl<'node> Stage<'node> {
     /// What remains of what the operator made, by kind and name.
     pub fn remains(&self) -> Result<String> {
         let kinds = "llmd,deployments,replicasets,pods,services,serviceaccounts,jobs,configmaps,\
-                     controllerrevisions,poddisruptionbudgets,persistentvolumeclaims";
+                     controllerrevisions,poddisruptionbudgets,networkpolicies,persistentvolumeclaims";
         let label = "--selector=app.kubernetes.io/managed-by=plimsoll";
         self.run(&["get", kinds, label, "--output=name", "--ignore-not-found"])
     }

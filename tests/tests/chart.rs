@@ -4,7 +4,8 @@
 // Helpers of tests are tests: a panic is how they report.
 #![allow(clippy::unwrap_used)]
 
-use std::process::Command;
+use std::io::Write as _;
+use std::process::{Command, Stdio};
 
 use plimsoll_tests::cluster::{Tools, shared_api_server};
 use plimsoll_tests::install::{NAMESPACE, root};
@@ -57,7 +58,9 @@ fn the_chart_is_clean_and_an_api_server_takes_what_it_renders() {
          {{pod-security.kubernetes.io/enforce: restricted, pod-security.kubernetes.io/warn: restricted}}}}}}"
     );
     server.kubectl().apply(&namespace).unwrap();
-    for settings in [&[][..], &["watchNamespace=default", "allowHostPath=true"]] {
+    let more =
+        ["operator.replicas=2", "metrics.dashboards.enabled=true", "workloads.clients=Namespace"];
+    for settings in [&[][..], &["watchNamespace=default", "allowHostPath=true"], &more] {
         let rendered = template(&tools, settings).unwrap();
         let apply =
             ["apply", "--server-side", "--dry-run=server", "--warnings-as-errors", "-f", "-"];
@@ -78,7 +81,106 @@ fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_bu
         let role = binding["roleRef"]["name"].as_str().unwrap();
         let rules = &named(&objects, "ClusterRole", role).unwrap()["rules"];
         assert_eq!(rules[0]["resources"], serde_json::json!(["nodes"]), "{role}");
+        let definitions = &rules[1];
+        assert_eq!(definitions["resources"], serde_json::json!(["customresourcedefinitions"]));
+        assert!(definitions["resourceNames"].as_array().is_some_and(|names| names.len() == 2));
+        assert_eq!(rules.as_array().unwrap().len(), 2, "{role}");
     }
+}
+
+/// The table in docs/security.md, which people read before they install, against the roles they get.
+#[test]
+fn the_rights_are_those_of_the_page_on_security() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let page = include_str!("../../docs/security.md");
+    let table = page.split("## What the operator may do").nth(1).unwrap();
+    let rows = table.lines().filter(|line| line.starts_with("| ")).skip(1);
+    let words = |cell: &str| -> Vec<String> {
+        cell.split(", ").map(|word| word.trim().to_owned()).collect()
+    };
+    let mut told: Vec<(Vec<String>, String)> = rows
+        .flat_map(|row| {
+            let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+            let on = cells[1].replace(", in its own namespace", "").replace(", by name", "");
+            let plain = |resource: &String| {
+                resource.trim_start_matches("two ").trim_start_matches("events.k8s.io/").to_owned()
+            };
+            let verbs = words(cells[0]);
+            words(&on).iter().map(|one| (verbs.clone(), plain(one))).collect::<Vec<_>>()
+        })
+        .collect();
+    let rendered = objects(&template(&tools, &["rbac.aggregate=false"]).unwrap());
+    let roles = rendered.iter().filter(|object| object["kind"].as_str().unwrap().ends_with("Role"));
+    let list = |value: &Value| -> Vec<String> { serde_json::from_value(value.clone()).unwrap() };
+    let mut given: Vec<(Vec<String>, String)> = roles
+        .flat_map(|role| role["rules"].as_array().unwrap())
+        .flat_map(|rule| {
+            list(&rule["resources"])
+                .into_iter()
+                .map(|one| (list(&rule["verbs"]), one))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    told.sort();
+    given.sort();
+    assert_eq!(told, given);
+}
+
+/// One that is not there any more, or under another name, makes objects that nobody can change or delete.
+#[test]
+fn kserve_5398_there_is_no_webhook_to_outlive_an_upgrade() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let every = [
+        "metrics.serviceMonitor.enabled=true",
+        "metrics.rules.enabled=true",
+        "metrics.dashboards.enabled=true",
+    ];
+    for object in objects(&template(&tools, &every).unwrap()) {
+        let kind = object["kind"].as_str().unwrap();
+        assert!(!kind.contains("Webhook"), "{kind}");
+    }
+}
+
+#[test]
+fn monitors_rules_and_dashboards_are_what_their_readers_take() {
+    let Some(_server) = shared_api_server() else { return };
+    let tools = Tools::find().unwrap();
+    let settings = [
+        "metrics.serviceMonitor.enabled=true",
+        "metrics.rules.enabled=true",
+        "metrics.dashboards.enabled=true",
+        "metrics.rules.labels.release=prometheus",
+        "workloads.monitorLabels.release=prometheus",
+    ];
+    let objects = objects(&template(&tools, &settings).unwrap());
+    let monitor = named(&objects, "ServiceMonitor", "plimsoll-operator").unwrap();
+    let service = named(&objects, "Service", "plimsoll-metrics").unwrap();
+    for (label, value) in monitor["spec"]["selector"]["matchLabels"].as_object().unwrap() {
+        assert_eq!(&service["metadata"]["labels"][label], value);
+    }
+    let rules = named(&objects, "PrometheusRule", "plimsoll-operator").unwrap();
+    assert_eq!(rules["metadata"]["labels"]["release"], "prometheus");
+    assert!(rules["spec"]["groups"][0]["rules"].as_array().is_some_and(|rules| rules.len() >= 3));
+    let boards =
+        objects.iter().filter(|object| object["metadata"]["labels"]["grafana_dashboard"] == "1");
+    let boards: Vec<Value> = boards
+        .flat_map(|board| board["data"].as_object().unwrap().values())
+        .map(|text| serde_json::from_str(text.as_str().unwrap()).unwrap())
+        .collect();
+    assert_eq!(boards.len(), 3);
+    let operator = named(&objects, "Deployment", "plimsoll").unwrap();
+    let arguments = &operator["spec"]["template"]["spec"]["containers"][0]["args"];
+    let wanted = serde_json::json!("--monitor-label=release=prometheus");
+    assert!(arguments.as_array().unwrap().contains(&wanted), "{arguments}");
+    let mut judges = Command::new(&tools.judges);
+    let mut judges =
+        judges.arg("monitoring").stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let text = format!("{monitor}\n{rules}");
+    judges.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    let output = judges.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
@@ -114,7 +216,12 @@ fn every_release_has_a_lease_of_its_own() {
 fn values_that_do_not_exist_are_refused() {
     let Some(_server) = shared_api_server() else { return };
     let tools = Tools::find().unwrap();
-    for setting in ["operator.replicas=9", "watchNamespaces=a", "engine.image.digest=latest"] {
+    for setting in [
+        "operator.replicas=9",
+        "watchNamespaces=a",
+        "engine.image.digest=latest",
+        "workloads.clients=Everyone",
+    ] {
         assert!(template(&tools, &[setting]).is_err(), "{setting}");
     }
 }

@@ -159,7 +159,7 @@ fn spec_is_kept_as_written_but_for_replicas() {
 }
 
 #[test]
-fn scaling_goes_through_the_subresource_with_a_selector() {
+fn kubeai_scaling_goes_through_the_subresource_with_a_selector() {
     let Some(server) = shared_api_server() else { return };
     let kubectl = install(&server);
     kubectl.apply(&manifest("scaled", "{model: {source: 'hf://a/b'}}")).unwrap();
@@ -175,8 +175,25 @@ fn scaling_goes_through_the_subresource_with_a_selector() {
     assert_eq!(scale["status"]["selector"], "plimsoll.dev/name=scaled");
 }
 
+/// A tool that applies what stands in Git, and somebody who scales beside it.
 #[test]
-fn tables_show_status_at_a_glance() {
+fn keda_5572_a_manifest_without_replicas_leaves_scaling_to_others() {
+    let Some(server) = shared_api_server() else { return };
+    let kubectl = install(&server);
+    let by_client = ["apply", "-f", "-"];
+    let by_server = ["apply", "--server-side", "--field-manager=argocd-controller", "-f", "-"];
+    for (name, words) in [("heals-a", &by_client[..]), ("heals-b", &by_server[..])] {
+        let manifest = manifest(name, "{model: {source: 'hf://a/b'}}");
+        kubectl.run_with_input(words, &manifest).unwrap();
+        kubectl.run(&["scale", &format!("llmd/{name}"), "--replicas=3"]).unwrap();
+        kubectl.run_with_input(words, &manifest).unwrap();
+        assert_eq!(kubectl.get(&["llmd", name]).unwrap()["spec"]["replicas"], 3, "{name}");
+        kubectl.run_with_input(&["diff", "-f", "-"], &manifest).unwrap();
+    }
+}
+
+#[test]
+fn aibrix_1609_tables_show_status_at_a_glance() {
     let Some(server) = shared_api_server() else { return };
     let kubectl = install(&server);
     kubectl.apply(&manifest("shown", "{model: {source: 'hf://a/b'}}")).unwrap();

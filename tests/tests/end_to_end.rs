@@ -30,7 +30,9 @@ fn installed() -> Option<Shared<Node>> {
     let node = shared_node()?;
     let told = INSTALLED.get_or_init(|| {
         let hub = format!("hubEndpoint=http://{HUB}");
-        install::install(&node, &[&hub]).map_err(|error| format!("{error:#}"))
+        // What every story does, it does under policies that hold.
+        let installed = node.enforce_policies().and_then(|()| install::install(&node, &[&hub]));
+        installed.map_err(|error| format!("{error:#}"))
     });
     assert!(told.is_ok(), "the chart was not installed: {}", told.as_ref().unwrap_err());
     Some(node)
@@ -92,7 +94,9 @@ fn a_manifest_becomes_streamed_answers_and_leaves_nothing_behind() {
     assert!(said.contains(ANSWER), "{said}");
 
     the_object_reads_well(&stage);
+    the_upgrade_brought_what_is_new(&stage);
     prometheus_sees_engine_and_operator(&stage);
+    only_whom_the_spec_lets_in_comes_in_and_nothing_goes_out(&stage);
     a_killed_pod_comes_back(&stage, address);
     an_update_under_load_loses_nothing(&stage, address);
 
@@ -118,19 +122,36 @@ fn the_object_reads_well(stage: &Stage<'_>) {
     assert!(described.contains("Events:") && described.contains("Ready"), "{described}");
 }
 
-/// Debian's Prometheus is built without service discovery for Kubernetes, so targets are listed.
+/// The chart before this one knew neither the field nor the rights.
+fn the_upgrade_brought_what_is_new(stage: &Stage<'_>) {
+    let told = stage.run(&["explain", "llmd.spec.network.clients"]).unwrap();
+    assert!(told.contains("plimsoll.dev/clients"), "{told}");
+    let policy = stage.get(&["networkpolicy", "plim"]).unwrap();
+    assert_eq!(policy["spec"]["podSelector"]["matchLabels"]["plimsoll.dev/name"], "plim");
+    let history = stage.node.helm(&["history", "plimsoll", "--namespace", install::NAMESPACE]);
+    assert_eq!(history.unwrap().lines().count(), 3, "a head, an install, an upgrade");
+}
+
+/// Debian's Prometheus is built without service discovery for Kubernetes, so targets are listed, with the labels that
+/// PodMonitor and ServiceMonitor bring.
 fn prometheus_sees_engine_and_operator(stage: &Stage<'_>) {
-    let targets = |namespace: &str, port: u16| {
+    let targets = |namespace: &str, port: u16, more: &[(&str, &str)]| {
         let pods = stage.node.kubectl().get(&["pods", "--namespace", namespace]).unwrap();
-        let addresses = pods["items"].as_array().into_iter().flatten();
-        let targets: Vec<String> = addresses
-            .filter_map(|pod| Some(format!("{}:{port}", pod["status"]["podIP"].as_str()?)))
-            .collect();
-        json!({"targets": targets, "labels": {"namespace": namespace}})
+        let pods = pods["items"].as_array().unwrap().iter();
+        let targets = pods.filter_map(|pod| {
+            let address = format!("{}:{port}", pod["status"]["podIP"].as_str()?);
+            let mut labels = json!({"namespace": namespace, "pod": pod["metadata"]["name"]});
+            more.iter().for_each(|(label, value)| labels[*label] = (*value).into());
+            Some(json!({"targets": [address], "labels": labels}))
+        });
+        targets.collect::<Vec<_>>()
     };
-    let engine = targets(stage.namespace, 8000);
-    let operator = targets(install::NAMESPACE, 8080);
-    let jobs = json!([{"job_name": "pods", "static_configs": [engine, operator]}]);
+    let engines = targets(stage.namespace, 8000, &[("llmdeployment", "plim")]);
+    let operator = targets(install::NAMESPACE, 8080, &[]);
+    let jobs = json!([
+        {"job_name": "engines", "static_configs": engines},
+        {"job_name": "operator", "static_configs": operator, "honor_labels": true},
+    ]);
     let prometheus = Prometheus::start(stage.node, &jobs).unwrap();
     let patience = Duration::from_secs(30);
     for series in [
@@ -144,6 +165,135 @@ fn prometheus_sees_engine_and_operator(stage: &Stage<'_>) {
     ] {
         prometheus.wait_for(series, patience).unwrap();
     }
+    dashboards_and_alerts_find_their_series(&prometheus);
+    if let Some(folder) = std::env::var_os("PLIMSOLL_DASHBOARD_PICTURES") {
+        draw_dashboards(stage, &prometheus, &folder.to_string_lossy());
+    }
+}
+
+/// Panels that are empty while all is well.
+const EMPTY_WHILE_WELL: [&str; 1] = ["What is not ready, and why"];
+
+/// Every query of every panel brings something, and every name in an alert is exported by someone.
+fn dashboards_and_alerts_find_their_series(prometheus: &Prometheus<'_>) {
+    let filled = |expression: &str| {
+        let expression =
+            expression.replace("$namespace", "story").replace("$llmdeployment", "plim");
+        expression.replace("$__rate_interval", "1m")
+    };
+    for dashboard in plimsoll_crds::dashboards::all() {
+        for panel in dashboard.body["panels"].as_array().unwrap() {
+            let title = panel["title"].as_str().unwrap();
+            for target in panel["targets"].as_array().unwrap() {
+                let expression = filled(target["expr"].as_str().unwrap());
+                if EMPTY_WHILE_WELL.contains(&title) || expression.contains("_rejections_") {
+                    prometheus.query(&expression).unwrap();
+                } else {
+                    let found = prometheus.wait_for(&expression, Duration::from_secs(10));
+                    assert!(found.is_ok(), "{} / {title}: {expression}", dashboard.file);
+                }
+            }
+        }
+    }
+    let watched = plimsoll_crds::alerts::Watched {
+        namespace: "story",
+        name: "plim",
+        ttft_seconds: Some(1.0),
+        tpot_seconds: Some(1.0),
+    };
+    let mut alerts = plimsoll_crds::alerts::of_object(&watched);
+    alerts.extend(plimsoll_crds::alerts::of_operator());
+    for alert in alerts {
+        let words = alert.expression.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'));
+        for name in
+            words.filter(|word| word.starts_with("plimsoll_") && !word.contains("_rejections_"))
+        {
+            let found = prometheus.query(&format!("count({name})")).unwrap();
+            assert!(!found.is_empty(), "{}: nobody exports {name}", alert.name);
+        }
+        // Well-formed, and silent while all is well.
+        let firing = prometheus.query(&alert.expression).unwrap();
+        assert!(firing.is_empty(), "{}: {firing:?}", alert.name);
+    }
+}
+
+/// A minute and a half of load, and a picture of each dashboard.
+fn draw_dashboards(stage: &Stage<'_>, prometheus: &Prometheus<'_>, folder: &str) {
+    let address = stage.service("plim").unwrap();
+    let connect = || stage.connect(address);
+    let body = json!({"model": "plim", "prompt": "The lantern", "max_tokens": 64});
+    let load = Duration::from_secs(90);
+    under_load(6, &connect, "/v1/completions", &body, || std::thread::sleep(load));
+    let script = install::root().join("tests/dashboards/draw.py").display().to_string();
+    let url = prometheus.url();
+    let boards = install::root().join("charts/plimsoll/files/dashboards").display().to_string();
+    let words =
+        ["python3", &script, "--prometheus", &url, "--dashboards", &boards, "--out", folder];
+    let values = ["--set", "namespace=story", "--set", "llmdeployment=plim", "--minutes", "3"];
+    let output = stage.node.command(&[&words[..], &values].concat()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A pod that serves a page, and from which a test looks around.
+fn looker(name: &str, labels: &Value) -> String {
+    let container = json!({
+        "name": "looker", "image": "localhost/toolbox:1", "imagePullPolicy": "Never",
+        "command": ["sh", "-c", "echo page >/tmp/index.html; exec httpd -f -p 8080 -h /tmp"],
+        "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+        "readinessProbe": {"tcpSocket": {"port": 8080}, "periodSeconds": 1},
+    });
+    let security = json!({"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}});
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [container], "securityContext": security, "terminationGracePeriodSeconds": 0},
+    })
+    .to_string()
+}
+
+/// The agent is kube-router's controller; it needs a moment for each change.
+fn only_whom_the_spec_lets_in_comes_in_and_nothing_goes_out(stage: &Stage<'_>) {
+    let strangers = Stage::new(stage.node, "strangers").unwrap();
+    for (stage, name, labels) in [
+        (stage, "neighbour", json!({})),
+        (&strangers, "stranger", json!({})),
+        // Its labels put it under the policy of the engines; it is none.
+        (stage, "like-an-engine", json!({"plimsoll.dev/name": "plim"})),
+    ] {
+        stage.apply(&looker(name, &labels)).unwrap();
+        stage
+            .run(&["wait", "--for=condition=Ready", "--timeout=60s", &format!("pod/{name}")])
+            .unwrap();
+    }
+    let reaches = |stage: &Stage<'_>, pod: &str, url: &str| {
+        stage
+            .run(&["exec", pod, "--", "curl", "-sSf", "-o", "/dev/null", "--max-time", "2", url])
+            .is_ok()
+    };
+    let soon = |what: &str, holds: &dyn Fn() -> bool| {
+        wait_until(what, Duration::from_secs(30), || Ok(holds().then_some(()))).unwrap();
+    };
+    let model = "http://plim.story.svc.cluster.local/health";
+    soon("the whole cluster comes in", &|| reaches(&strangers, "stranger", model));
+    let clients = |clients: Value| {
+        let patch = json!({"spec": {"network": {"clients": clients}}}).to_string();
+        stage.run(&["patch", "llmd", "plim", "--type=merge", "--patch", &patch]).unwrap();
+    };
+    clients(json!("Namespace"));
+    soon("a stranger is kept out", &|| !reaches(&strangers, "stranger", model));
+    assert!(reaches(stage, "neighbour", model), "a neighbour comes in");
+    let label = ["label", "namespace", "strangers", "plimsoll.dev/clients=true"];
+    stage.node.kubectl().run(&label).unwrap();
+    soon("an invited stranger comes in", &|| reaches(&strangers, "stranger", model));
+    clients(Value::Null);
+
+    let pod = strangers.get(&["pod", "stranger"]).unwrap();
+    let page = format!("http://{}:8080/index.html", pod["status"]["podIP"].as_str().unwrap());
+    assert!(reaches(stage, "neighbour", &page), "the page is there");
+    assert!(!reaches(stage, "like-an-engine", &page), "an engine reaches nothing");
+    let names = ["exec", "like-an-engine", "--", "nslookup", "plim.story.svc.cluster.local"];
+    stage.run(&names).unwrap();
+    stage.run(&["delete", "pod", "neighbour", "like-an-engine"]).unwrap();
+    stage.wait_ready("plim").unwrap();
 }
 
 fn a_killed_pod_comes_back(stage: &Stage<'_>, address: SocketAddr) {

@@ -1,8 +1,11 @@
 //! Memory arithmetic shared by the planner and the engine, so that the plan in status and the refusal at load are the
 //! same sum. Pure; all sizes in bytes.
 
+mod cuda;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::cuda::head_width as cuda_head_width;
 use crate::abilities::{Ability, Backend, PAGE_TOKENS};
 use crate::facts::ModelFacts;
 
@@ -61,32 +64,13 @@ impl MemoryPlan {
     }
 }
 
-/// Weights as the backend keeps them: every parameter in the compute type; on a device padded to whole tiles. A tied
-/// head shares the embedding.
+/// Weights as the backend keeps them: every parameter in the compute type; on a device in bf16, padded to whole tiles. A
+/// tied head shares the embedding.
 pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
     match ability.backend {
         Backend::Cpu => facts.parameters.total() * ability.weights.bytes(),
-        Backend::Cuda => cuda_parameters(facts) * ability.weights.bytes(),
+        Backend::Cuda => cuda::weights_bytes(facts),
     }
-}
-
-/// Columns and rows of stored matrices come in panels of this many.
-const PANEL: u64 = 64;
-
-/// The width at which the CUDA kernels keep a head: 64 or 128 (wider ones they refuse).
-pub fn cuda_head_width(head_dim: u32) -> u64 {
-    u64::from(head_dim).max(1).next_multiple_of(if head_dim <= 64 { 64 } else { 128 })
-}
-
-fn cuda_parameters(facts: &ModelFacts) -> u64 {
-    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
-    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
-    let head = cuda_head_width(facts.head_dim);
-    let heads = u64::from(2 * facts.heads + 2 * facts.kv_heads);
-    let layer = hidden * (heads * head + 3 * intermediate);
-    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL) * hidden;
-    let ends = if facts.tied_head { vocabulary } else { 2 * vocabulary };
-    u64::from(facts.layers) * layer + ends + facts.parameters.norm
 }
 
 /// K and V of one token over all layers.
@@ -102,7 +86,7 @@ pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
 pub fn workspace_bytes(facts: &ModelFacts, ability: Ability, limits: StepLimits) -> u64 {
     match ability.backend {
         Backend::Cpu => cpu_workspace_bytes(facts, limits),
-        Backend::Cuda => cuda_workspace_bytes(facts, limits),
+        Backend::Cuda => cuda::workspace_bytes(facts, limits),
     }
 }
 
@@ -115,28 +99,6 @@ fn cpu_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
         + 3 * u64::from(facts.intermediate);
     let logits = 2 * u64::from(limits.running_max) * u64::from(facts.vocabulary);
     4 * (u64::from(limits.step_tokens_max) * row + logits)
-}
-
-/// Rows of activations come in as many as the widest tile has.
-const CUDA_ROWS: u64 = 256;
-
-/// bf16 activations of every kind once (residual, normed, q/k/v, attended, gated) and sums of squares; f32 logits (raw and
-/// processed), the hidden states they come from and counts of seen tokens for `running_max` rows; cosines and sines of every position.
-fn cuda_workspace_bytes(facts: &ModelFacts, limits: StepLimits) -> u64 {
-    let hidden = u64::from(facts.hidden).next_multiple_of(PANEL);
-    let head = cuda_head_width(facts.head_dim);
-    let (heads, kv_heads) = (u64::from(facts.heads), u64::from(facts.kv_heads));
-    let intermediate = u64::from(facts.intermediate).next_multiple_of(PANEL);
-    let vocabulary = u64::from(facts.vocabulary).next_multiple_of(PANEL);
-    let running = u64::from(limits.running_max).next_multiple_of(CUDA_ROWS);
-    let rows =
-        u64::from(limits.step_tokens_max.max(limits.running_max)).next_multiple_of(CUDA_ROWS);
-    let row =
-        2 * (2 * hidden + (2 * heads + 2 * kv_heads) * head + intermediate) + hidden / PANEL * 4;
-    let head_row = vocabulary * 8 + vocabulary / PANEL * 8 + hidden * 2 + hidden / PANEL * 4;
-    let seen = u64::from(limits.running_max) * vocabulary * 2;
-    let rope = u64::from(facts.context_tokens) * head / 2 * 8;
-    rows * row + running * head_row + seen + rope
 }
 
 /// KV bytes for at least `tokens` tokens, in whole pages.

@@ -83,6 +83,26 @@ pub const DEVICE_INFO: &str = "plimsoll_device_info";
 /// By `kind`: total, or free when the engine became ready.
 pub const DEVICE_MEMORY_BYTES: &str = "plimsoll_device_memory_bytes";
 
+/// What the operator says about itself and about the objects it keeps. Its series of objects carry their `namespace` and
+/// `name`; those of engines carry `namespace` and `llmdeployment`, which the PodMonitor adds.
+pub mod operator {
+    /// 1 in the process that holds the Lease, 0 in those that wait for it.
+    pub const LEADING: &str = "plimsoll_operator_leading";
+    /// By `result`: success or error.
+    pub const RECONCILE_SECONDS: &str = "plimsoll_operator_reconcile_duration_seconds";
+    /// By `result`: success or error.
+    pub const RECONCILES: &str = "plimsoll_operator_reconcile_total";
+    pub const RECONCILE_ERRORS: &str = "plimsoll_operator_reconcile_errors_total";
+    /// By `kind` of the object written.
+    pub const WRITES: &str = "plimsoll_operator_writes_total";
+    /// By `type`, `status` and `reason`: 1 for what holds.
+    pub const CONDITION: &str = "plimsoll_llmdeployment_condition";
+    /// By `part`: weights, kv, workspace, process; what the plan counts on, in bytes of one pod.
+    pub const PLAN_MEMORY_BYTES: &str = "plimsoll_llmdeployment_plan_memory_bytes";
+    /// By `pod`: how often its containers ended and were started anew.
+    pub const ENGINE_RESTARTS: &str = "plimsoll_llmdeployment_engine_restarts_total";
+}
+
 // Bucket bounds are those of the aliases' first owner, so that quantiles compare.
 
 /// Bounds of time to first token, in seconds.

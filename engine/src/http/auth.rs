@@ -68,12 +68,22 @@ fn read(path: &Path) -> Result<Known, KeysError> {
     let unreadable = |source| KeysError::Unreadable { path: path.to_owned(), source };
     let version = version(path).map_err(unreadable)?;
     let text = std::fs::read_to_string(path).map_err(unreadable)?;
-    let digests: HashSet<_> =
-        text.lines().map(str::trim).filter(|key| !key.is_empty()).map(digest).collect();
+    let digests: HashSet<_> = keys(&text).map(digest).collect();
     if digests.is_empty() {
         return Err(KeysError::Empty(path.to_owned()));
     }
     Ok(Known { version, digests })
+}
+
+fn keys(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().map(str::trim).filter(|key| !key.is_empty())
+}
+
+/// The first key of such a file, for a client of ours.
+pub fn first_key(path: &Path) -> Result<String, KeysError> {
+    let unreadable = |source| KeysError::Unreadable { path: path.to_owned(), source };
+    let text = std::fs::read_to_string(path).map_err(unreadable)?;
+    keys(&text).next().map(str::to_owned).ok_or_else(|| KeysError::Empty(path.to_owned()))
 }
 
 fn version(path: &Path) -> std::io::Result<(SystemTime, u64)> {

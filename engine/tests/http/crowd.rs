@@ -40,7 +40,7 @@ enum Cut {
 }
 
 /// The trained model on the backend that serves it.
-fn bundled() -> Served {
+pub fn bundled() -> Served {
     let named = std::env::var_os("PLIMSOLL_TESTS").map(PathBuf::from);
     let tests = named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests"));
     let checkpoint = Checkpoint::open(&tests.join("model")).unwrap();

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod answers;
+mod bench;
 mod bodies;
 mod crowd;
 mod dice;

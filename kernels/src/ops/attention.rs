@@ -101,6 +101,34 @@ pub const GROUP_MAX: usize = 16;
 /// Splits of a cluster, at most: what every Hopper card grants.
 const CLUSTER_MAX: u32 = 8;
 
+/// Blocks that share one sequence's keys where `rows` sequences are decoded: enough to fill a card of `processors`, no
+/// more than that needs.
+#[must_use]
+pub fn splits(processors: u32, head_dim: usize, rows: usize, kv_heads: usize) -> u32 {
+    let wanted = (processors as usize / (rows * kv_heads).max(1)).max(1);
+    // A power of two, so that clusters are whole. Wide heads keep two at least, which evens out the end.
+    let splits_min = if head_dim == 128 { 2 } else { 1 };
+    ((wanted + 1).next_power_of_two() as u32 / 2).clamp(splits_min, CLUSTER_MAX)
+}
+
+/// Floats of `partials` and integers of `counters` that decode launches of up to `rows_max` rows need on a card of
+/// `processors`.
+#[must_use]
+pub fn decode_workspace(
+    processors: u32,
+    rows_max: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+) -> (usize, usize) {
+    let each = (1..=rows_max).map(|rows| {
+        let splits = splits(processors, head_dim, rows, kv_heads);
+        let plan = DecodePlan { splits, stages: 1, cluster: 1 };
+        plan.workspace(rows, heads, kv_heads, head_dim)
+    });
+    each.fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)))
+}
+
 impl DecodePlan {
     /// Floats of `partials` and integers of `counters` (zero before the first launch) that a launch needs.
     #[must_use]
@@ -141,6 +169,20 @@ pub struct PrefillShape {
 }
 
 impl PrefillShape {
+    /// The shape for heads stored with `head_dim` elements, 64 or 128.
+    #[must_use]
+    pub fn of(on_hopper: bool, head_dim: usize) -> Self {
+        let shapes = if on_hopper { Attention::HOPPER } else { Attention::EVERYWHERE };
+        let shape = shapes.into_iter().find(|shape| shape.head_dim == head_dim);
+        shape.expect("heads are stored with 64 or 128 elements")
+    }
+
+    /// The most spans that [`Attention::cut`] makes of `spans` spans with `rows` rows in all.
+    #[must_use]
+    pub fn cut_max(self, rows: usize, spans: usize) -> usize {
+        rows / self.rows + spans
+    }
+
     fn shared_bytes(self, hopper: bool) -> u32 {
         let ring = self.stages * 2 * self.pages * PAGE_TOKENS * self.head_dim * 2;
         let bytes =
@@ -171,12 +213,7 @@ impl Attention {
     /// # Errors
     /// [`Device::kernel`].
     pub fn load(device: &Device, head_dim: usize) -> Result<Self, DeviceError> {
-        let shape = if device.is_hopper() {
-            Self::HOPPER.iter().find(|shape| shape.head_dim == head_dim)
-        } else {
-            Self::EVERYWHERE.iter().find(|shape| shape.head_dim == head_dim)
-        };
-        Self::load_shape(device, *shape.expect("heads are stored with 64 or 128 elements"))
+        Self::load_shape(device, PrefillShape::of(device.is_hopper(), head_dim))
     }
 
     pub const HOPPER: [PrefillShape; 2] =
@@ -215,10 +252,7 @@ impl Attention {
     #[must_use]
     pub fn plan(&self, rows: usize, heads: usize, kv_heads: usize) -> DecodePlan {
         let pairs = (rows * kv_heads).max(1);
-        let wanted = (self.processors as usize / pairs).max(1);
-        // A power of two, so that clusters are whole. Wide heads keep two at least, which evens out the end.
-        let splits_min = if self.head_dim == 128 { 2 } else { 1 };
-        let splits = ((wanted + 1).next_power_of_two() as u32 / 2).clamp(splits_min, CLUSTER_MAX);
+        let splits = splits(self.processors, self.head_dim, rows, kv_heads);
         let cluster = if self.on_hopper { splits } else { 1 };
         // Some 96 KB in flight; more where a block has a processor to itself.
         let alone = pairs * splits as usize <= self.processors as usize;
@@ -297,12 +331,6 @@ impl Attention {
             std::cmp::Reverse((span.position + span.rows - 1) / PAGE_TOKENS as i32)
         });
         cut
-    }
-
-    /// The most spans that [`Attention::cut`] makes of `spans` spans with `rows` rows in all.
-    #[must_use]
-    pub fn cut_max(&self, rows: usize, spans: usize) -> usize {
-        rows / self.prefill_shape.rows + spans
     }
 
     /// Norm and RoPE of rows `first_row..first_row + row_count`, in place in `qkv`, and the write of their keys and

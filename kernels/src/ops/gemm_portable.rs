@@ -224,16 +224,16 @@ impl GemmPortable {
         Plan::new(self.card, rows, tiles, panels)
     }
 
-    /// Bytes of partial sums and number of counters that a product needs for any number of tokens up to `rows_max`.
-    /// Products that run one after another share both; the counters are zero before the first.
+    /// Bytes of partial sums and number of counters that a product needs on a card for any number of tokens up to
+    /// `rows_max`. Products that run one after another share both; the counters are zero before the first.
     #[must_use]
-    pub fn workspace(&self, rows_max: u32, tiles: u32, panels: u32) -> (usize, usize) {
+    pub fn workspace(card: Card, rows_max: u32, tiles: u32, panels: u32) -> (usize, usize) {
         // Beyond 32 tokens a plan depends on how many runs of 64 there are.
         let runs = (1..=rows_max.div_ceil(64)).map(|runs| 64 * runs);
         let plans: Vec<Plan> = [8, 16, 32]
             .into_iter()
             .chain(runs)
-            .map(|rows| self.plan(rows, tiles, panels))
+            .map(|rows| Plan::new(card, rows, tiles, panels))
             .collect();
         let partials = plans.iter().map(|plan| plan.partials_bytes()).max();
         let counters = plans.iter().map(|plan| plan.counters()).max();

@@ -236,17 +236,12 @@ impl GemmTile {
         Ok(Self { kernels, processors: device.processors() })
     }
 
-    /// Bytes of workspace that `partials` leads to, for products of any shape.
+    /// Bytes that `partials` leads to on a card of `processors`, and integers that `counters` leads to, for products of
+    /// any shape; the counters are zero at first.
     #[must_use]
-    pub fn workspace_bytes(&self) -> usize {
+    pub fn workspace(processors: u32) -> (usize, usize) {
         // A processor's registers full of sums.
-        self.processors as usize * 256 * 128 * 4
-    }
-
-    /// Integers that `counters` leads to, for products of any shape; all zero at first.
-    #[must_use]
-    pub fn counters(&self) -> usize {
-        self.processors as usize
+        (processors as usize * 256 * 128 * 4, processors as usize)
     }
 
     /// Queues the product as [`plan`] cuts it. Any number of tokens; `arguments.splits` is not read.

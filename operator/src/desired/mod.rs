@@ -4,22 +4,30 @@
 
 pub mod deployment;
 pub mod model;
+pub mod monitoring;
 pub mod names;
+pub mod network_policy;
 pub mod pod;
 pub mod policy;
+pub mod protection;
 pub mod quantity;
 pub mod reach;
 pub mod service;
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
-use plimsoll_crds::LLMDeployment;
+use plimsoll_crds::{Clients, LLMDeployment};
 use serde_json::{Value, json};
 
+use self::monitoring::{PodMonitor, PrometheusRule, Promises};
 use crate::apply::Want;
 use crate::rollout::Rollout;
+use crate::spec::Spec;
 
 /// The object whose children we render.
 #[derive(Clone, Debug)]
@@ -84,22 +92,60 @@ pub struct Settings {
     pub allow_host_path: bool,
     /// Another model hub than the public one.
     pub hub_endpoint: Option<String>,
+    /// The operator's own namespace.
+    pub home: String,
+    /// Who may reach engines whose spec does not say.
+    pub clients: Clients,
+    /// Labels by which a Prometheus finds monitors and rules.
+    pub monitor_labels: BTreeMap<String, String>,
+}
+
+/// What lies around the pods of one object and follows its spec at once: it makes no revision.
+#[derive(Clone, Copy, Debug)]
+pub struct Surroundings<'a> {
+    pub replicas: u32,
+    pub clients: Clients,
+    pub promises: Promises,
+    pub settings: &'a Settings,
+}
+
+impl<'a> Surroundings<'a> {
+    pub fn of(spec: &Spec, settings: &'a Settings) -> Surroundings<'a> {
+        Surroundings {
+            replicas: if spec.suspend { 0 } else { spec.replicas },
+            clients: spec.clients.unwrap_or(settings.clients),
+            promises: Promises::default(),
+            settings,
+        }
+    }
 }
 
 /// The children of one object.
 pub struct Children {
     pub service_account: Want<ServiceAccount>,
     pub service: Want<Service>,
+    pub network_policy: Want<NetworkPolicy>,
+    pub pod_monitor: Want<PodMonitor>,
+    pub prometheus_rule: Want<PrometheusRule>,
     pub disruption_budget: Option<Want<PodDisruptionBudget>>,
     pub deployment: Want<Deployment>,
 }
 
-/// The children as a rollout's revision has them, for `replicas` pods.
-pub fn children(identity: &Identity, rollout: &Rollout, replicas: u32) -> Children {
+/// The children as a rollout's revision has them, with what lies around them.
+pub fn children(identity: &Identity, rollout: &Rollout, around: Surroundings<'_>) -> Children {
     let Rollout { revision, update, memory, .. } = rollout;
+    let Surroundings { replicas, clients, promises, settings } = around;
     Children {
         service_account: service::service_account(identity),
         service: service::service(identity),
+        network_policy: network_policy::network_policy(
+            identity,
+            &revision.content.pod_template,
+            clients,
+            settings,
+        ),
+        pod_monitor: monitoring::pod_monitor(identity, &settings.monitor_labels),
+        prometheus_rule: monitoring::prometheus_rule(identity, &settings.monitor_labels, promises),
         disruption_budget: policy::disruption_budget(identity, replicas),
         deployment: deployment::deployment(
             identity,

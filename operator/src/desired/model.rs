@@ -144,7 +144,7 @@ pub fn fetch(
         }));
     }
     let mut container = json!({
-        "name": "fetch",
+        "name": names::FETCH,
         "image": settings.engine_image,
         "command": ["plimsoll-engine"],
         "args": arguments,

@@ -21,8 +21,22 @@ pub const ROLLOUT: &str = "plimsoll.dev/rollout";
 /// On an inspect Job: the uid of the object that made it, and the digest of what it was rendered from.
 pub const MADE_FOR: &str = "plimsoll.dev/made-for";
 
+/// On everything that the chart and we make, and what it says of the operator's pods.
+pub const APP_NAME: &str = "app.kubernetes.io/name";
+pub const OPERATOR: &str = "plimsoll-operator";
+/// On every namespace: its own name.
+pub const NAMESPACE_NAME: &str = "kubernetes.io/metadata.name";
+/// On a namespace: its pods may reach engines that let in their own namespace only.
+pub const CLIENTS: &str = "plimsoll.dev/clients";
+/// On a pod: Karpenter takes no node from under it.
+pub const DO_NOT_DISRUPT: &str = "karpenter.sh/do-not-disrupt";
+/// On a node: Karpenter made it.
+pub const NODE_POOL: &str = "karpenter.sh/nodepool";
+
 /// The container that answers requests.
 pub const ENGINE: &str = "engine";
+/// The init container that downloads.
+pub const FETCH: &str = "fetch";
 /// The Service's port and the container's, and the name both have.
 pub const PORT_SERVICE: u16 = 80;
 pub const PORT_ENGINE: u16 = 8000;
@@ -46,7 +60,7 @@ pub fn selector(name: &str) -> Value {
 /// Labels of every child of one object.
 pub fn labels(name: &str) -> Value {
     json!({
-        "app.kubernetes.io/name": "plimsoll-engine",
+        APP_NAME: "plimsoll-engine",
         "app.kubernetes.io/instance": name,
         MANAGED_BY: MANAGER,
         NAME: name,
@@ -56,7 +70,7 @@ pub fn labels(name: &str) -> Value {
 /// Labels of what the objects of one model source share.
 pub fn model_labels(key: &str) -> Value {
     json!({
-        "app.kubernetes.io/name": "plimsoll-model",
+        APP_NAME: "plimsoll-model",
         MANAGED_BY: MANAGER,
         MODEL: key,
     })

@@ -48,7 +48,10 @@ pub fn template(inputs: &Inputs<'_>) -> Value {
         }})
     }));
     let mut template = json!({
-        "metadata": {"labels": names::labels(name)},
+        "metadata": {
+            "labels": names::labels(name),
+            "annotations": {names::DO_NOT_DISRUPT: "true"},
+        },
         "spec": {
             "serviceAccountName": name,
             "automountServiceAccountToken": false,

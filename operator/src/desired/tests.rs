@@ -26,6 +26,9 @@ fn settings() -> Settings {
         engine_image: "example/engine:1".to_owned(),
         allow_host_path: false,
         hub_endpoint: Some("http://hub.example".to_owned()),
+        home: "plimsoll-system".to_owned(),
+        clients: Clients::Cluster,
+        monitor_labels: BTreeMap::from([("release".to_owned(), "prometheus".to_owned())]),
     }
 }
 
@@ -114,6 +117,19 @@ fn every_object_is_spelt_as_its_kind() {
     is_exactly_of_its_kind(&service::service(&identity));
     is_exactly_of_its_kind(&service::service_account(&identity));
     is_exactly_of_its_kind(&policy::disruption_budget(&identity, 2).unwrap());
+    for clients in [Clients::Namespace, Clients::Cluster, Clients::Anyone] {
+        is_exactly_of_its_kind(&network_policy::network_policy(
+            &identity,
+            &pods,
+            clients,
+            &settings(),
+        ));
+    }
+    let labels = settings().monitor_labels;
+    let monitor = monitoring::pod_monitor(&identity, &labels);
+    assert_eq!(monitor.body["metadata"]["labels"]["release"], "prometheus");
+    is_exactly_of_its_kind(&monitor);
+    is_exactly_of_its_kind(&monitoring::prometheus_rule(&identity, &labels, Promises::default()));
     let owners = [identity.co_owner()];
     is_exactly_of_its_kind(&model::claim("team", "k", &owners, &spec.storage));
     is_exactly_of_its_kind(&model::facts("team", "k", &owners, "hf://org/tiny", &facts()));

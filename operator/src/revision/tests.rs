@@ -1,6 +1,10 @@
-use plimsoll_crds::{LLMDeployment, RolloutStrategy};
+use std::collections::BTreeMap;
+
+use plimsoll_crds::{Clients, LLMDeployment, RolloutStrategy};
 
 use super::*;
+use crate::desired::monitoring::Promises;
+use crate::desired::{Settings, Surroundings};
 
 fn content(digest: &str) -> Content {
     serde_json::from_value(json!({
@@ -73,8 +77,19 @@ fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
     let read = committed(&[stored(&old)], "u");
     let found = answering(&read, "d").unwrap();
     let identity = Identity { namespace: "n".into(), name: "assistant".into(), uid: "u".into() };
+    let settings = Settings {
+        engine_image: "of/today".to_owned(),
+        allow_host_path: false,
+        hub_endpoint: None,
+        home: "n".to_owned(),
+        clients: Clients::Cluster,
+        monitor_labels: BTreeMap::new(),
+    };
+    let promises = Promises::default();
+    let around =
+        Surroundings { replicas: 1, clients: Clients::Cluster, promises, settings: &settings };
     let rollout = crate::rollout::hold(found, None, RolloutStrategy::Auto);
-    let children = crate::desired::children(&identity, &rollout, 1);
+    let children = crate::desired::children(&identity, &rollout, around);
     assert_eq!(children.deployment.body["spec"]["template"], old.content.pod_template);
 }
 

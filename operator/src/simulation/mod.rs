@@ -17,10 +17,12 @@ mod server;
 mod store;
 mod world;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use kube::runtime::events::{Recorder, Reporter};
+use plimsoll_crds::Clients;
 use tokio::sync::{Mutex, watch};
 
 use crate::desired::Settings;
@@ -133,6 +135,9 @@ fn settings() -> Settings {
         engine_image: "plimsoll/engine:1".to_owned(),
         allow_host_path: false,
         hub_endpoint: None,
+        home: "plimsoll-system".to_owned(),
+        clients: Clients::Cluster,
+        monitor_labels: BTreeMap::new(),
     }
 }
 

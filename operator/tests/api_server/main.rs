@@ -4,6 +4,8 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on stops where it stands")]
 
 mod figures;
+mod gitops;
+mod monitoring;
 mod world;
 
 use std::time::Duration;

@@ -127,6 +127,16 @@ impl World {
         Operator::start(&kubeconfig, &self.namespace, more)
     }
 
+    /// kubectl as an administrator, with `manifest` on its standard input; its failure ends the test.
+    pub fn kubectl(&self, words: &[&str], manifest: &Value) -> String {
+        self.server.kubectl().run_with_input(words, &manifest.to_string()).unwrap()
+    }
+
+    /// The same without one; its failure is an answer.
+    pub fn try_kubectl(&self, words: &[&str]) -> anyhow::Result<String> {
+        self.server.kubectl().run(words)
+    }
+
     pub fn api<K: Kind>(&self) -> Api<K> {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
@@ -274,7 +284,8 @@ impl World {
         let name = format!("{deployment}-pod-{}", PODS.fetch_add(1, Ordering::Relaxed));
         let mut spec = template["spec"].clone();
         spec["nodeName"] = "node-0".into();
-        let metadata = json!({"name": name, "labels": template["metadata"]["labels"]});
+        let mut metadata = template["metadata"].clone();
+        metadata["name"] = name.as_str().into();
         self.create::<Pod>(json!({"metadata": metadata, "spec": spec})).await;
         let said = if ready { "True" } else { "False" };
         let status = json!({"phase": "Running", "conditions": [

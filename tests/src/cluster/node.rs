@@ -118,6 +118,18 @@ impl Node {
         Daemon::start(name, self.sandbox.daemon(words), &log, Lifetime::Owner)
     }
 
+    /// Has NetworkPolicies enforced from now on, for as long as the node lives. Packets between pods on one bridge pass
+    /// the firewall only where the kernel is told so.
+    pub fn enforce_policies(&self) -> Result<()> {
+        let judges = self.tools.judges.display().to_string();
+        let kubeconfig = self.kubeconfig().display().to_string();
+        let script = r#"echo 1 >/proc/sys/net/bridge/bridge-nf-call-iptables && exec "$@""#;
+        let words = ["sh", "-c", script, "sh", &judges, "policies", &kubeconfig, NODE_NAME];
+        let words = words.into_iter().chain([control::SERVICE_NETWORK]).map(String::from);
+        // It ends with the sandbox.
+        self.daemon("policies", &words.collect::<Vec<_>>()).map(drop)
+    }
+
     /// Runs `work` inside the node's network: sockets it opens are there.
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         self.sandbox.inside(work)

@@ -46,9 +46,14 @@ impl<'node> Prometheus<'node> {
         Ok(Prometheus { node, daemon })
     }
 
+    /// Where it answers, inside the node.
+    pub fn url(&self) -> String {
+        format!("http://{NODE_ADDRESS}:{PORT}")
+    }
+
     /// The series an instant query brings.
     pub fn query(&self, expression: &str) -> Result<Vec<Value>> {
-        let url = format!("http://{NODE_ADDRESS}:{PORT}/api/v1/query");
+        let url = format!("{}/api/v1/query", self.url());
         let query = format!("query={expression}");
         let words = ["curl", "-sS", "--get", "--data-urlencode", &query, &url];
         let output = self.node.command(&words).output()?;

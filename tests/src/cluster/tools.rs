@@ -18,6 +18,8 @@ pub struct Tools {
     pub addons: PathBuf,
     /// Holds a pod's namespaces open.
     pub pause: PathBuf,
+    /// What GitOps tools make of objects.
+    pub judges: PathBuf,
     /// Debian's containerd; its `ctr` lies beside it.
     pub containerd: PathBuf,
     /// Debian's Prometheus.
@@ -39,6 +41,7 @@ impl Tools {
             kube: built("kube")?,
             addons: built("addons")?,
             pause: built("pause")?,
+            judges: built("judges")?,
             containerd: existing("/usr/bin/containerd".into())?,
             prometheus: existing("/usr/bin/prometheus".into())?,
             busybox: existing("/bin/busybox".into())?,

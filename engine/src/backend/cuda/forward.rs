@@ -11,14 +11,17 @@ use plimsoll_kernels::ops::step::{EmbedArguments, GatherArguments, Pages};
 use super::answers::Answers;
 use super::input::{Input, RING};
 use super::kernels::Kernels;
-use super::model::{DeviceLayer, DeviceModel};
+use super::model::DeviceModel;
 use super::record::Ways;
 use super::shape::{MatrixShape, Shape, StepShape};
 use super::slots::Slots;
 use super::space::Space;
 
 /// Products of a layer: qkv, output, gate and up, down.
-const PRODUCTS: usize = 4;
+pub const PRODUCTS: usize = 4;
+
+/// While results travel from one kernel to the next, the memory is idle: the product after the next can begin.
+pub const PRODUCTS_AHEAD: usize = 2;
 
 /// What the kernels of every step share.
 pub struct Forward<'a> {
@@ -34,6 +37,8 @@ pub struct Forward<'a> {
     /// All layers' pages.
     pub pages: Pointer<bf16>,
     pub pages_count: usize,
+    /// How many products further on the one is whose weights a product brings nearer.
+    pub ahead: usize,
 }
 
 /// How many rows of which kind: the step's singles come first, then the spans of several rows.
@@ -48,7 +53,7 @@ pub struct Rows {
 }
 
 impl Rows {
-    fn all(self) -> usize {
+    pub fn all(self) -> usize {
         self.singles + self.prefill
     }
 }
@@ -66,32 +71,47 @@ impl Forward<'_> {
     /// Embedding and all layers; leaves every row's normed hidden state.
     pub fn layers(&self, rows: Rows) -> Result<(), DeviceError> {
         self.embed(rows.all())?;
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            let next_gain = self.model.layers.get(index + 1);
-            let next_gain = next_gain.map_or(self.model.final_norm, |next| next.attention_norm);
-            let chain = PRODUCTS * index;
-            self.product(Epilogue::Store, chain, rows.all(), |g| {
-                g.bias = layer.qkv_bias;
-                g.features = self.shape.qkv_width() as i32;
-                g.out = self.space.qkv.pointer();
-                g.out_stride = self.shape.qkv_width() as i32;
-            })?;
-            self.attend(index, layer, rows)?;
-            self.residual(chain + 1, layer.output_bias, rows.all(), |g| {
-                g.input = self.space.attended.pointer();
-                g.gain = layer.mlp_norm;
-            })?;
-            self.product(Epilogue::GateUp, chain + 2, rows.all(), |g| {
-                g.bias = layer.gate_up_bias;
-                g.features = self.shape.intermediate as i32;
-                g.out = self.space.gated.pointer();
-            })?;
-            self.residual(chain + 3, layer.down_bias, rows.all(), |g| {
-                g.input = self.space.gated.pointer();
-                g.gain = next_gain;
-            })?;
+        for index in 0..self.shape.layers {
+            self.qkv(index, rows.all())?;
+            self.attend(index, rows)?;
+            self.output(index, rows.all())?;
+            self.gate_up(index, rows.all())?;
+            self.down(index, rows.all())?;
         }
         Ok(())
+    }
+
+    pub fn qkv(&self, index: usize, rows: usize) -> Result<(), DeviceError> {
+        self.product(Epilogue::Store, PRODUCTS * index, rows, |g| {
+            g.bias = self.model.layers[index].qkv_bias;
+            g.features = self.shape.qkv_width() as i32;
+            g.out = self.space.qkv.pointer();
+            g.out_stride = self.shape.qkv_width() as i32;
+        })
+    }
+
+    pub fn output(&self, index: usize, rows: usize) -> Result<(), DeviceError> {
+        let layer = &self.model.layers[index];
+        self.residual(PRODUCTS * index + 1, layer.output_bias, rows, |g| {
+            g.input = self.space.attended.pointer();
+            g.gain = layer.mlp_norm;
+        })
+    }
+
+    pub fn gate_up(&self, index: usize, rows: usize) -> Result<(), DeviceError> {
+        self.product(Epilogue::GateUp, PRODUCTS * index + 2, rows, |g| {
+            g.bias = self.model.layers[index].gate_up_bias;
+            g.features = self.shape.intermediate as i32;
+            g.out = self.space.gated.pointer();
+        })
+    }
+
+    pub fn down(&self, index: usize, rows: usize) -> Result<(), DeviceError> {
+        let next = self.model.layers.get(index + 1);
+        self.residual(PRODUCTS * index + 3, self.model.layers[index].down_bias, rows, |g| {
+            g.input = self.space.gated.pointer();
+            g.gain = next.map_or(self.model.final_norm, |next| next.attention_norm);
+        })
     }
 
     /// Logits of up to `head_rows` rows, each with every tile's largest; the logits themselves only where they are read.
@@ -126,7 +146,7 @@ impl Forward<'_> {
         })
     }
 
-    fn embed(&self, rows: usize) -> Result<(), DeviceError> {
+    pub fn embed(&self, rows: usize) -> Result<(), DeviceError> {
         let matrix = self.shape.vocabulary_matrix();
         let arguments = EmbedArguments {
             rows: self.input.rows.pointer(),
@@ -211,8 +231,7 @@ impl Forward<'_> {
             counters: self.kernels.counters.pointer(),
         };
         fill(&mut arguments);
-        // While results travel from one kernel to the next, the memory is idle: the product after the next can begin.
-        let later = self.weights(chain + 2).map(|(weights, matrix)| GemmArguments {
+        let later = self.weights(chain + self.ahead).map(|(weights, matrix)| GemmArguments {
             weights,
             tiles: matrix.tiles() as i32,
             panels: matrix.panels() as i32,
@@ -241,9 +260,15 @@ impl Forward<'_> {
         })
     }
 
-    fn attend(&self, index: usize, layer: &DeviceLayer, rows: Rows) -> Result<(), DeviceError> {
+    pub fn attend(&self, index: usize, rows: Rows) -> Result<(), DeviceError> {
+        self.kernels.attend(self.device, rows, &self.attention(index))
+    }
+
+    /// What every attention kernel of a layer is told.
+    pub fn attention(&self, index: usize) -> AttentionArguments {
         let page_elements = self.shape.page_elements();
-        let arguments = AttentionArguments {
+        let layer = &self.model.layers[index];
+        AttentionArguments {
             qkv: self.space.qkv.pointer(),
             qkv_stride: self.shape.qkv_width() as i32,
             rows_max: self.step.rows_max() as i32,
@@ -272,8 +297,7 @@ impl Forward<'_> {
             settled: i32::from(index > 0),
             partials: self.kernels.attention_partials.pointer(),
             counters: self.kernels.attention_counters.pointer(),
-        };
-        self.kernels.attend(self.device, rows, &arguments)
+        }
     }
 
     /// Draws a token for each of the step's first `rows` samples.

@@ -3,9 +3,11 @@
 
 use plimsoll_kernels::device::{Buffer, Device, DeviceError};
 use plimsoll_kernels::layout::PANEL;
-use plimsoll_kernels::ops::attention::{Attention, AttentionArguments, Span};
+use plimsoll_kernels::ops::attention::{
+    Attention, AttentionArguments, PrefillShape, Span, decode_workspace,
+};
 use plimsoll_kernels::ops::gemm::{Epilogue, GemmArguments};
-use plimsoll_kernels::ops::gemm_portable::GemmPortable;
+use plimsoll_kernels::ops::gemm_portable::{self, GemmPortable};
 use plimsoll_kernels::ops::gemm_stream::{self, GemmStream};
 use plimsoll_kernels::ops::gemm_tile::GemmTile;
 use plimsoll_kernels::ops::sampling::Sampling;
@@ -34,6 +36,69 @@ enum Products {
     Portable(GemmPortable),
 }
 
+/// What of a card decides how much its kernels need beside a step's buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Card {
+    pub capability: (i32, i32),
+    pub processors: u32,
+    pub is_hopper: bool,
+    /// Products go the way of every card.
+    pub portable: bool,
+}
+
+impl Card {
+    pub fn of(device: &Device, portable: bool) -> Card {
+        Card {
+            capability: device.capability(),
+            processors: device.processors(),
+            is_hopper: device.is_hopper(),
+            portable: portable || !device.is_hopper(),
+        }
+    }
+
+    /// Query blocks that the longer spans of a step can make.
+    pub fn cuts_max(self, shape: &Shape, step: &StepShape) -> usize {
+        let prefill = PrefillShape::of(self.is_hopper, shape.head_stored);
+        prefill.cut_max(step.rows_max(), step.running_max)
+    }
+}
+
+/// Bytes of what kernels of a step leave for each other.
+#[derive(Clone, Copy, Debug)]
+struct Workspace {
+    partials: usize,
+    counters: usize,
+    attention_partials: usize,
+    attention_counters: usize,
+}
+
+impl Workspace {
+    fn of(card: Card, shape: &Shape, step: &StepShape) -> Workspace {
+        let (partials, counters) = if card.portable {
+            portable_workspace(card, shape, step)
+        } else {
+            GemmTile::workspace(card.processors)
+        };
+        // Decode takes one row of each sequence at most.
+        let (heads, kv_heads, head) = (shape.heads, shape.kv_heads, shape.head_stored);
+        let (attention_partials, attention_counters) =
+            decode_workspace(card.processors, step.head_rows(), heads, kv_heads, head);
+        Workspace {
+            partials,
+            counters: counters * size_of::<i32>(),
+            attention_partials: attention_partials * size_of::<f32>(),
+            attention_counters: attention_counters * size_of::<i32>(),
+        }
+    }
+}
+
+/// Bytes of all that [`Kernels::load`] takes.
+pub fn workspace_bytes(card: Card, shape: &Shape, step: &StepShape) -> usize {
+    let Workspace { partials, counters, attention_partials, attention_counters } =
+        Workspace::of(card, shape, step);
+    partials + counters + attention_partials + attention_counters
+}
+
 /// Tokens that the stream takes at once.
 const STREAM_ROWS_MAX: usize = gemm_stream::ROWS_MAX;
 
@@ -44,46 +109,25 @@ impl Kernels {
         step: &StepShape,
         options: &CudaOptions,
     ) -> Result<Kernels, DeviceError> {
-        let products = if device.is_hopper() && !options.portable {
-            Products::Hopper { stream: GemmStream::load(device)?, tile: GemmTile::load(device)? }
-        } else {
+        let card = Card::of(device, options.portable);
+        let products = if card.portable {
             Products::Portable(GemmPortable::load(device)?)
+        } else {
+            Products::Hopper { stream: GemmStream::load(device)?, tile: GemmTile::load(device)? }
         };
-        let attention = Attention::load(device, shape.head_stored)?;
-        let (partials, counters) = match &products {
-            Products::Hopper { tile, .. } => (tile.workspace_bytes(), tile.counters()),
-            Products::Portable(portable) => portable_workspace(portable, shape, step),
-        };
-        let (attention_partials, attention_counters) = (1..=step.rows_max())
-            .map(|rows| {
-                let plan = attention.plan(rows, shape.heads, shape.kv_heads);
-                plan.workspace(rows, shape.heads, shape.kv_heads, shape.head_stored)
-            })
-            .fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)));
+        let Workspace { partials, counters, attention_partials, attention_counters } =
+            Workspace::of(card, shape, step);
         Ok(Kernels {
             products,
             batch_invariant: options.batch_invariant,
-            attention,
+            attention: Attention::load(device, shape.head_stored)?,
             sampling: Sampling::load(device)?,
             step: StepKernels::load(device)?,
             partials: device.zeroed(partials, "partial sums of products")?,
-            counters: device.zeroed(counters * 4, "counters of products")?,
-            attention_partials: device.zeroed(attention_partials * 4, "partial attention")?,
-            attention_counters: device.zeroed(attention_counters * 4, "counters of attention")?,
+            counters: device.zeroed(counters, "counters of products")?,
+            attention_partials: device.zeroed(attention_partials, "partial attention")?,
+            attention_counters: device.zeroed(attention_counters, "counters of attention")?,
         })
-    }
-
-    pub fn workspace_bytes(&self) -> usize {
-        let Kernels { partials, counters, attention_partials, attention_counters, .. } = self;
-        [partials, counters, attention_partials, attention_counters]
-            .iter()
-            .map(|buffer| buffer.bytes())
-            .sum()
-    }
-
-    /// Query blocks that the longer spans of a step can make.
-    pub fn cuts_max(&self, step: &StepShape) -> usize {
-        self.attention.cut_max(step.rows_max(), step.running_max)
     }
 
     /// The longer spans of a step as prefill takes them.
@@ -129,26 +173,54 @@ impl Kernels {
         rows: Rows,
         arguments: &AttentionArguments,
     ) -> Result<(), DeviceError> {
-        // SAFETY: as in `product`; a slot occurs once in a step (it was checked), so nobody else writes its pages.
-        unsafe {
-            if rows.prefill > 0 {
-                let prefill = AttentionArguments {
-                    first_row: rows.singles as i32,
-                    row_count: rows.prefill as i32,
-                    span_count: rows.cuts as i32,
-                    ..*arguments
-                };
-                self.attention.rope_kv(device, &prefill)?;
-                self.attention.prefill(device, &prefill)?;
-            }
-            if rows.singles > 0 {
-                let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
-                let plan = self.attention.plan(rows.singles, heads, kv_heads);
-                let decode = AttentionArguments { row_count: rows.singles as i32, ..*arguments };
-                self.attention.decode(device, &decode, plan)?;
-            }
+        if rows.prefill > 0 {
+            self.rope_kv(device, rows, arguments)?;
+            self.attend_longer(device, rows, arguments)?;
         }
-        Ok(())
+        if rows.singles > 0 { self.attend_singles(device, rows, arguments) } else { Ok(()) }
+    }
+
+    /// RoPE of the longer spans, and their keys and values into pages.
+    pub fn rope_kv(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as in `product`; a slot occurs once in a step (it was checked), so nobody else writes its pages.
+        unsafe { self.attention.rope_kv(device, &longer(rows, arguments)) }
+    }
+
+    pub fn attend_longer(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as above.
+        unsafe { self.attention.prefill(device, &longer(rows, arguments)) }
+    }
+
+    pub fn attend_singles(
+        &self,
+        device: &Device,
+        rows: Rows,
+        arguments: &AttentionArguments,
+    ) -> Result<(), DeviceError> {
+        let (heads, kv_heads) = (arguments.heads as usize, arguments.kv_heads as usize);
+        let plan = self.attention.plan(rows.singles, heads, kv_heads);
+        let decode = AttentionArguments { row_count: rows.singles as i32, ..*arguments };
+        // SAFETY: as above.
+        unsafe { self.attention.decode(device, &decode, plan) }
+    }
+}
+
+fn longer(rows: Rows, arguments: &AttentionArguments) -> AttentionArguments {
+    AttentionArguments {
+        first_row: rows.singles as i32,
+        row_count: rows.prefill as i32,
+        span_count: rows.cuts as i32,
+        ..*arguments
     }
 }
 
@@ -180,12 +252,13 @@ fn run_of(epilogue: Epilogue, whole: &GemmArguments, first: usize, rows: usize) 
 }
 
 /// The most that any product of a step asks for: bytes of partial sums, and counters.
-fn portable_workspace(portable: &GemmPortable, shape: &Shape, step: &StepShape) -> (usize, usize) {
+fn portable_workspace(card: Card, shape: &Shape, step: &StepShape) -> (usize, usize) {
+    let card = gemm_portable::Card::new(card.capability, card.processors);
     let matrices =
         [shape.qkv(), shape.output(), shape.gate_up(), shape.down(), shape.vocabulary_matrix()];
     let each = matrices.map(|matrix| {
         let (tiles, panels) = (matrix.tiles() as u32, matrix.panels() as u32);
-        portable.workspace(step.rows_max() as u32, tiles, panels)
+        GemmPortable::workspace(card, step.rows_max() as u32, tiles, panels)
     });
     each.into_iter().fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)))
 }

@@ -9,6 +9,8 @@ mod forward;
 mod input;
 mod kernels;
 mod model;
+pub mod parts;
+mod planned;
 mod record;
 mod shape;
 mod slots;
@@ -25,9 +27,9 @@ use plimsoll_kernels::ops::sampling::{PromptRow, SampleRow};
 
 use self::answers::Answers;
 use self::clock::{StepClock, StepTime};
-use self::forward::{Forward, HeadInput, Rows};
+use self::forward::{Forward, HeadInput, PRODUCTS_AHEAD, Rows};
 use self::input::{Draft, Input, RING};
-use self::kernels::Kernels;
+use self::kernels::{Card, Kernels};
 use self::model::DeviceModel;
 use self::record::{Recorded, Ways};
 use self::shape::{Shape, StepShape};
@@ -103,7 +105,8 @@ pub struct CudaBackend {
     batch_invariant: bool,
     draft: Draft,
     in_flight: VecDeque<InFlight>,
-    clock: Arc<StepClock>,
+    /// None where nobody asked how long steps take: then none is marked.
+    clock: Option<Arc<StepClock>>,
     /// Beginning and end of the step that was collected last, and the end of the one before it.
     times: Option<(Mark, Mark)>,
     last_end: Option<Mark>,
@@ -116,7 +119,8 @@ pub struct CudaBackend {
 struct InFlight {
     number: StepNumber,
     epoch: u32,
-    begin: Mark,
+    /// None where nobody asked for times.
+    begin: Option<Mark>,
     end: Mark,
     spans: Vec<Results>,
 }
@@ -179,14 +183,11 @@ impl CudaBackend {
             context_tokens: options.context_tokens as usize,
         };
         let pages_bytes = options.kv_pages as usize * shape.page_bytes();
+        let card = Card::of(&device, options.portable);
         let kernels = Kernels::load(&device, &shape, &step, &options).map_err(device_error)?;
-        let cuts_max = kernels.cuts_max(&step);
+        let cuts_max = card.cuts_max(&shape, &step);
         let planned_bytes = model::bytes(plan, &shape)
-            + model::rope_bytes(&shape, step.context_tokens)
-            + space::bytes(&shape, &step)
-            + input::bytes(&step, cuts_max)
-            + slots::bytes(&shape, &step)
-            + kernels.workspace_bytes()
+            + planned::workspace_bytes(card, &shape, &step)
             + pages_bytes;
         let model = model::load(&device, plan, &shape, source, step.context_tokens, progress)?;
         let allocate = || -> Result<_, DeviceError> {
@@ -228,7 +229,7 @@ impl CudaBackend {
             batch_invariant: options.batch_invariant,
             draft: Draft::default(),
             in_flight: VecDeque::new(),
-            clock: Arc::default(),
+            clock: None,
             times: None,
             last_end: None,
             epoch: 0,
@@ -239,9 +240,9 @@ impl CudaBackend {
         Ok(backend)
     }
 
-    /// How long steps take, by the device's clock.
-    pub fn clock(&self) -> Arc<StepClock> {
-        Arc::clone(&self.clock)
+    /// How long steps take from now on, by the device's clock.
+    pub fn clock(&mut self) -> Arc<StepClock> {
+        Arc::clone(self.clock.get_or_insert_default())
     }
 
     /// Device memory that was computed before it was taken.
@@ -274,6 +275,7 @@ impl CudaBackend {
             answers: &self.answers,
             pages: self.pages.pointer(),
             pages_count: self.bounds.pages as usize,
+            ahead: PRODUCTS_AHEAD,
         }
     }
 
@@ -447,13 +449,13 @@ impl CudaBackend {
 
     /// The results come before the step's end, so the step before it is the one whose times are known now.
     fn note_time(&mut self, flight: InFlight) {
-        let InFlight { begin, end, .. } = flight;
-        let before = self.times.replace((begin, end));
+        let (Some(clock), Some(begin)) = (&self.clock, flight.begin) else { return };
+        let before = self.times.replace((begin, flight.end));
         let Some((begin, end)) = before else { return };
         let busy = begin.seconds_until(&end);
         let idle = self.last_end.as_ref().map(|last| last.seconds_until(&begin));
         if let (Ok(busy), Some(Ok(idle))) = (busy, idle) {
-            self.clock.note(StepTime { idle, busy });
+            clock.note(StepTime { idle, busy });
         }
         self.last_end = Some(end);
     }
@@ -502,7 +504,8 @@ impl Backend for CudaBackend {
         let lost = |error: DeviceError| BackendError::DeviceLost(error.to_string());
         self.device.bind().map_err(lost)?;
         let gathered = self.gather(&mut step).map_err(lost)?;
-        let begin = self.device.mark().map_err(lost)?;
+        let begin = self.clock.is_some().then(|| self.device.mark());
+        let begin = begin.transpose().map_err(lost)?;
         self.queue(&step, &gathered).map_err(lost)?;
         let end = self.device.mark().map_err(lost)?;
         let (epoch, spans) = (self.epoch, gathered.results);

@@ -1,13 +1,12 @@
 //! How a model's plan lies on the device: stored widths, tiles, and the bytes of every buffer, computed before anything
 //! is allocated. Pure. What is allocated is exactly what stands here.
 
-use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
+use plimsoll_contract::abilities::{CUDA_HEAD_DIM_MAX, Dtype, PAGE_TOKENS};
+use plimsoll_contract::memory::cuda_head_width;
 use plimsoll_kernels::layout::{PANEL, ROWS_UNIT, TILE_ROWS};
+use plimsoll_kernels::ops::attention::GROUP_MAX;
 
 use crate::model::{LoadError, Plan};
-
-/// The widths that the attention kernels know; a narrower head is padded with zeros.
-const HEADS_STORED: [usize; 2] = [64, 128];
 
 /// A model as the device stores it. All layers are alike but for their windows.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +16,7 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
+    /// The width that the attention kernels know; a narrower head is padded with zeros.
     pub head_stored: usize,
     pub intermediate: usize,
     pub vocabulary: usize,
@@ -59,21 +59,22 @@ impl Shape {
                 && layer.mlp == plan.layers[0].mlp
         });
         assert!(alike, "the families that are described have layers of one shape");
-        let refuse = |field: &str, found: String, expected: &str| LoadError::UnsupportedModel {
+        let refuse = |field: &str, found: String, expected: String| LoadError::UnsupportedModel {
             file: "config.json".into(),
             field: field.into(),
             found,
-            expected: expected.into(),
+            expected,
             remedy: "serve it with --device cpu".into(),
         };
-        let head_stored = HEADS_STORED.into_iter().find(|&stored| attention.head_dim <= stored);
-        let head_stored = head_stored.ok_or_else(|| {
-            let found = attention.head_dim.to_string();
-            refuse("head_dim", found, "the CUDA kernels take heads of at most 128")
-        })?;
+        let head_dim = attention.head_dim as u32;
+        if head_dim > CUDA_HEAD_DIM_MAX {
+            let expected = format!("the CUDA kernels take heads of at most {CUDA_HEAD_DIM_MAX}");
+            return Err(refuse("head_dim", head_dim.to_string(), expected));
+        }
         let group = attention.heads / attention.kv_heads;
         if group > GROUP_MAX {
-            let expected = "the CUDA kernels take at most 16 query heads per KV head";
+            let expected =
+                format!("the CUDA kernels take at most {GROUP_MAX} query heads per KV head");
             return Err(refuse(
                 "num_attention_heads / num_key_value_heads",
                 group.to_string(),
@@ -82,7 +83,7 @@ impl Shape {
         }
         if !plan.hidden.is_multiple_of(8) || !plan.layers[0].mlp.intermediate.is_multiple_of(8) {
             let found = format!("{} and {}", plan.hidden, plan.layers[0].mlp.intermediate);
-            let expected = "the CUDA kernels take multiples of 8";
+            let expected = "the CUDA kernels take multiples of 8".into();
             return Err(refuse("hidden_size and intermediate_size", found, expected));
         }
         Ok(Shape {
@@ -91,7 +92,7 @@ impl Shape {
             heads: attention.heads,
             kv_heads: attention.kv_heads,
             head_dim: attention.head_dim,
-            head_stored,
+            head_stored: cuda_head_width(head_dim) as usize,
             intermediate: plan.layers[0].mlp.intermediate,
             vocabulary: plan.vocabulary,
             windows: plan.layers.iter().map(|l| l.attention.sight.window.unwrap_or(0)).collect(),
@@ -146,9 +147,6 @@ impl Shape {
         self.layers * self.page_elements() * Dtype::Bf16.bytes() as usize
     }
 }
-
-/// Query heads that share a KV head: the rows of one matrix fragment.
-const GROUP_MAX: usize = 16;
 
 /// What a step may hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
