@@ -14,12 +14,12 @@ pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
     AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment, LLMDeploymentSpec,
-    Model, Network, OperatorUpgrade, Resources, Rollout, RolloutStrategy, SecretKey, Storage,
-    Workload,
+    Model, Network, OperatorUpgrade, PlanApply, PlanPolicy, Resources, Rollout, RolloutStrategy,
+    SecretKey, Storage, Workload,
 };
 pub use status::{
-    CacheStatus, LLMDeploymentStatus, MemoryStatus, ModelStatus, PlanStatus, RejectedStatus,
-    RolloutState, RolloutStatus,
+    CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
+    PlanCause, PlanChange, PlanStatus, RejectedStatus, RolloutState, RolloutStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.
@@ -28,6 +28,8 @@ pub const NAME_CHARACTERS_MAX: usize = 53;
 pub const REPLICAS_MAX: u32 = 1000;
 /// Rejected candidates kept in status.
 pub const REJECTED_MAX: usize = 8;
+/// Values that a plan's change lists.
+pub const CHANGES_MAX: usize = 24;
 /// Characters of any sentence in status; longer ones are cut by [`bounded`].
 pub const SENTENCE_CHARACTERS_MAX: usize = 1024;
 

@@ -74,6 +74,8 @@ pub enum Reason {
     Downloading,
     ModelFound,
     PlanChosen,
+    PlanNotPinned,
+    PinnedPlanGone,
     CreatingPods,
     PodsScheduled,
     EngineLoading,
@@ -95,6 +97,7 @@ pub enum Reason {
     EngineCrashLooping,
     DoesNotFit,
     OutOfDeviceMemory,
+    OutOfMemoryAgain,
     ModelNotFound,
     ModelUnauthorized,
     UnsupportedModel,
@@ -113,6 +116,8 @@ impl Reason {
         Reason::Downloading,
         Reason::ModelFound,
         Reason::PlanChosen,
+        Reason::PlanNotPinned,
+        Reason::PinnedPlanGone,
         Reason::CreatingPods,
         Reason::PodsScheduled,
         Reason::EngineLoading,
@@ -134,6 +139,7 @@ impl Reason {
         Reason::EngineCrashLooping,
         Reason::DoesNotFit,
         Reason::OutOfDeviceMemory,
+        Reason::OutOfMemoryAgain,
         Reason::ModelNotFound,
         Reason::ModelUnauthorized,
         Reason::UnsupportedModel,
@@ -165,7 +171,10 @@ impl Reason {
             | Reason::ChildRejected
             | Reason::RolloutStopped
             | Reason::RolledBack
+            | Reason::PlanNotPinned
+            | Reason::PinnedPlanGone
             | Reason::DoesNotFit
+            | Reason::OutOfMemoryAgain
             | Reason::ModelNotFound
             | Reason::ModelUnauthorized
             | Reason::UnsupportedModel
@@ -235,6 +244,16 @@ impl Reason {
                 "PlanChosen",
                 "A plan fits; `status.plan` shows it, why it was taken, and what was not.",
                 "Nothing to do.",
+            ),
+            Reason::PlanNotPinned => (
+                "PlanNotPinned",
+                "`spec.plan.apply` is Manual, and nobody has pinned a plan for this spec yet. What ran before goes on.",
+                "Look at `status.offered` (`status.plan` where nothing runs yet), and set `spec.plan.pinnedHash` to the hash that the message names.",
+            ),
+            Reason::PinnedPlanGone => (
+                "PinnedPlanGone",
+                "`spec.plan.pinnedHash` names none of the plans that are possible for this spec on these nodes. What ran before goes on.",
+                "Set `spec.plan.pinnedHash` to the hash that the message names, or remove it where `spec.plan.apply` is Auto.",
             ),
             Reason::CreatingPods => (
                 "CreatingPods",
@@ -338,6 +357,11 @@ impl Reason {
                 "OutOfDeviceMemory",
                 "The machine refused memory that the plan had counted on.",
                 "Where a pod was killed for its limit, set or raise `spec.resources.memory`, which is that limit. Else find what uses the machine's memory beside the engine, or lower `spec.cache.tokens`.",
+            ),
+            Reason::OutOfMemoryAgain => (
+                "OutOfMemoryAgain",
+                "An engine ran out of memory, was planned anew once with what it had needed, and ran out again or could not be planned; the message holds both figures.",
+                "Raise `spec.resources.memory`, use larger nodes or GPUs, or lower `spec.contextTokens`, `spec.cache.tokens` or `spec.workload`; find what else uses the machine's memory. Every change of the spec is planned anew.",
             ),
             Reason::ModelNotFound => (
                 "ModelNotFound",

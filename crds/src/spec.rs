@@ -93,6 +93,11 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resources: Option<Resources>,
 
+    /// Who decides that a plan runs. Absent: Plimsoll, once for every spec; a better plan that comes up later is offered in
+    /// `status.offered` and never runs by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanPolicy>,
+
     /// How pods are replaced.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollout: Option<Rollout>,
@@ -284,6 +289,30 @@ pub struct Resources {
     #[x_kube(validation = Rule::new(schema::AMOUNT_RULE)
         .message("must be a positive quantity, for instance 4Gi"))]
     pub memory: Option<Amount>,
+}
+
+/// Who decides that a plan runs. A change of this makes another revision only where it names another plan.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanPolicy {
+    /// Auto: the best plan for a spec runs. Manual: it is shown in status, and runs once pinnedHash names it. Absent: Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub apply: Option<PlanApply>,
+
+    /// The one plan that may run, by the hash that `status.offered.hash` or `status.plan.hash` shows. It speaks of the plan's
+    /// values, never of the operator's version. Absent: any, or with Manual none but the one that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64))]
+    #[x_kube(validation = Rule::new("self.matches('^[0-9a-f]+$')")
+        .message("is the hash of a plan, as status.offered.hash or status.plan.hash shows it: digits and the letters a to f"))]
+    pub pinned_hash: Option<String>,
+}
+
+/// Whether plans run by themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlanApply {
+    Auto,
+    Manual,
 }
 
 /// How pods are replaced.

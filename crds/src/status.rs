@@ -50,9 +50,17 @@ pub struct LLMDeploymentStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelStatus>,
 
-    /// What was chosen, why, and what was not.
+    /// What was chosen, why, and what was not. Where nothing runs yet because spec.plan.apply is Manual: what is proposed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<PlanStatus>,
+
+    /// Another plan than the one that runs, which runs once spec.plan.pinnedHash names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offered: Option<OfferStatus>,
+
+    /// What the engines of this revision measured, to be held against status.plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<MeasuredStatus>,
 
     /// How pods of the revision that the spec asks for take the places of older ones.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -150,6 +158,16 @@ pub struct PlanStatus {
     #[schemars(range(min = 1))]
     pub concurrency: i32,
 
+    /// Rows of one step: tokens that are computed at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1))]
+    pub step_tokens: Option<i32>,
+
+    /// CPU that one pod requests, in thousandths.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub cpu_millis: Option<i32>,
+
     /// The sum that must fit, in bytes.
     pub memory_bytes: MemoryStatus,
 
@@ -161,6 +179,86 @@ pub struct PlanStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub rejected: Vec<RejectedStatus>,
+
+    /// What it changed against the plan that ran before it. Absent for the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<PlanChange>,
+}
+
+/// What led to a plan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum PlanCause {
+    /// The spec is new.
+    #[default]
+    SpecChanged,
+    /// No node of the class that was planned for is left.
+    ClassGone,
+    /// An engine ran out of memory under the plan before.
+    OutOfMemory,
+    /// Nodes came or changed.
+    BetterPlan,
+}
+
+/// One plan against another.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PlanChange {
+    /// Hash of the plan before.
+    #[schemars(length(max = 64))]
+    pub from: String,
+
+    /// What led to it.
+    pub cause: PlanCause,
+
+    /// Every value that differs: `cache.tokens: 65,536 → 32,768`.
+    #[schemars(length(max = 24), inner(length(max = 256)))]
+    pub values: Vec<String>,
+}
+
+/// A plan that does not run, and what would change with it.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OfferStatus {
+    /// To be written into spec.plan.pinnedHash.
+    #[schemars(length(max = 64))]
+    pub hash: String,
+
+    /// Name of the ControllerRevision that holds it whole.
+    #[schemars(length(max = 253))]
+    pub revision: String,
+
+    /// What led to it.
+    pub cause: PlanCause,
+
+    /// Every value that differs from the plan that runs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 24), inner(length(max = 256)))]
+    pub values: Vec<String>,
+
+    /// One sentence: why this plan.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+}
+
+/// What engines measured. Written when a value moved by more than a tenth, and every few minutes at most.
+#[derive(KubeSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MeasuredStatus {
+    /// The most memory that one engine held so far, in bytes: the card's where the accelerator is a GPU. To be held against
+    /// plan.memoryBytes.total.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub peak_memory_bytes: Option<i64>,
+
+    /// Mean time from a request's arrival to its first token, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub ttft_microseconds: Option<i64>,
+
+    /// Mean time between two tokens of a request, in microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub tpot_microseconds: Option<i64>,
 }
 
 /// The KV cache of one pod.

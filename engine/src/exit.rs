@@ -37,7 +37,7 @@ pub fn finish(
 
 /// A defect of ours, or a world that no other reason describes.
 pub fn internal(message: impl Into<String>) -> ExitReport {
-    ExitReport { reason: ExitReason::Internal, message: message.into() }
+    ExitReport::new(ExitReason::Internal, message)
 }
 
 /// The report as JSON, its message shortened where Kubernetes would cut the JSON itself.

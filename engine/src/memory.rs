@@ -96,6 +96,17 @@ fn meminfo_available(meminfo: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
+/// The most that this process has had resident, less the files that are mapped now, which the kernel may drop at any
+/// time: what a limit of memory is held against. `root` is `/` but in tests.
+pub fn peak_bytes(root: &Path) -> Option<u64> {
+    let status = std::fs::read_to_string(root.join("proc/self/status")).ok()?;
+    let kib = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    Some(kib("VmHWM:")?.saturating_sub(kib("RssFile:")?) * 1024)
+}
+
 /// The smallest free share from this process's group up to the root: a limit on any ancestor binds too.
 fn cgroup_free(root: &Path) -> Option<u64> {
     let membership = std::fs::read_to_string(root.join("proc/self/cgroup")).ok()?;

@@ -3,7 +3,7 @@
 //! Nothing here decides anything.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
@@ -16,6 +16,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
+use crate::memory;
 use crate::request::Refusal;
 use crate::scheduler::{End, Totals};
 
@@ -158,7 +159,13 @@ pub struct Metrics {
     weights_load_seconds: Gauge,
     weights_bytes: IntGauge,
     kv_cache_bytes: IntGauge,
+    peak_memory: IntGaugeVec,
+    /// What the process holds of the card now; set where there is one.
+    device_held: OnceLock<DeviceHeld>,
 }
+
+/// Bytes of a card, or None where its driver does not answer.
+type DeviceHeld = Box<dyn Fn() -> Option<u64> + Send + Sync>;
 
 impl Metrics {
     /// All families, at zero. `context_tokens` bounds the buckets of token counts.
@@ -278,6 +285,12 @@ impl Metrics {
                 "Bytes of all KV pages",
                 IntGauge::with_opts,
             ),
+            peak_memory: new.own(
+                names::PEAK_MEMORY_BYTES,
+                "The most bytes held so far, as of the last look at the metrics",
+                |opts| IntGaugeVec::new(opts, &["kind"]),
+            ),
+            device_held: OnceLock::new(),
             labels: new.labels,
             registry: new.registry,
         };
@@ -290,8 +303,30 @@ impl Metrics {
 
     /// The text format, version 0.0.4.
     pub fn render(&self) -> String {
+        self.look_at_memory();
         let families = self.registry.gather();
         TextEncoder::new().encode_to_string(&families).expect("our own families are valid")
+    }
+
+    /// The kernel keeps the peak of the host's memory; of a card's we keep the most that any look has seen. Engines take
+    /// what they need when they start, so that no peak lies between two looks.
+    fn look_at_memory(&self) {
+        let most = |kind: &str, bytes: u64| {
+            let gauge = self.peak_memory.with_label_values(&[kind]);
+            gauge.set(gauge.get().max(i64::try_from(bytes).unwrap_or(i64::MAX)));
+        };
+        if let Some(bytes) = memory::peak_bytes("/".as_ref()) {
+            most(names::KIND_PROCESS, bytes);
+        }
+        if let Some(bytes) = self.device_held.get().and_then(|held| held()) {
+            most(names::KIND_DEVICE, bytes);
+        }
+    }
+
+    /// Called once, when a GPU computes: how to ask what this process holds of it.
+    pub fn device_memory_is(&self, held: impl Fn() -> Option<u64> + Send + Sync + 'static) {
+        let first = self.device_held.set(Box::new(held)).is_ok();
+        assert!(first, "an engine has one device");
     }
 
     /// Called once, when the engine is ready.

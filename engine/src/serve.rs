@@ -133,7 +133,7 @@ impl Server {
 
 fn loss_report(loss: EngineLoss) -> ExitReport {
     match loss {
-        EngineLoss::Device(message) => ExitReport { reason: ExitReason::DeviceLost, message },
+        EngineLoss::Device(message) => ExitReport::new(ExitReason::DeviceLost, message),
         EngineLoss::Panicked => internal("the step loop panicked; its message stands in the log"),
     }
 }

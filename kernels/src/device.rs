@@ -33,7 +33,12 @@ pub enum DeviceError {
     #[error(transparent)]
     NoImage(#[from] NoImage),
     #[error("{bytes} bytes of device memory for {purpose} were not to be had")]
-    OutOfMemory { purpose: &'static str, bytes: usize },
+    OutOfMemory {
+        purpose: &'static str,
+        bytes: usize,
+        /// What the card had left at that moment.
+        left: usize,
+    },
     /// A defect of ours: every row of a step has its result when the step is over.
     #[error("a step ended without its results")]
     NoResult,
@@ -352,7 +357,8 @@ impl Device {
         match unsafe { result::malloc_sync(bytes.max(256)) } {
             Ok(address) => Ok(Buffer { address, bytes, context: self.context.clone() }),
             Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
-                Err(DeviceError::OutOfMemory { purpose, bytes })
+                let left = self.memory().map_or(0, |(free, _)| free);
+                Err(DeviceError::OutOfMemory { purpose, bytes, left })
             }
             Err(source) => Err(DeviceError::Driver { doing: "allocate memory", source }),
         }

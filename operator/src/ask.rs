@@ -1,10 +1,10 @@
-//! One question to a running engine over its own HTTP interface: readiness and a streamed answer. Nothing is retried and
-//! nothing is kept.
+//! One question to a running engine over its own HTTP interface: readiness, its metrics, a streamed answer. Nothing is
+//! retried and nothing is kept.
 
 use std::net::SocketAddr;
 
 use anyhow::{Context, bail};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
@@ -13,12 +13,26 @@ use tokio::net::TcpStream;
 
 /// A line of a stream longer than this is no answer.
 const LINE_BYTES_MAX: usize = 1 << 20;
+/// An exposition longer than this is none of an engine.
+const METRICS_BYTES_MAX: usize = 4 << 20;
 
 /// True once the engine answers /ready with 200.
 pub async fn is_ready(address: SocketAddr) -> bool {
     let request = Request::get("/ready").header(header::HOST, address.to_string());
     let Ok(request) = request.body(Full::default()) else { return false };
     send(address, request).await.is_ok_and(|answer| answer.status() == StatusCode::OK)
+}
+
+/// What the engine tells Prometheus.
+pub async fn metrics(address: SocketAddr) -> anyhow::Result<String> {
+    let request = Request::get("/metrics").header(header::HOST, address.to_string());
+    let answer = send(address, request.body(Full::default())?).await?;
+    if answer.status() != StatusCode::OK {
+        bail!("the engine answered {}", answer.status());
+    }
+    let body = Limited::new(answer.into_body(), METRICS_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| anyhow::anyhow!("the metrics broke off: {error}"))?;
+    Ok(String::from_utf8_lossy(&body.to_bytes()).into_owned())
 }
 
 /// Which interface a model speaks: chat where it has a template, plain completion else.

@@ -95,7 +95,7 @@ impl Engine {
     pub fn why_ended(&self, status: ExitStatus) -> Ended {
         let code = status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(1);
         match self.report() {
-            Some(ExitReport { reason, message }) => {
+            Some(ExitReport { reason, message, memory: _ }) => {
                 let reason = Reason::from(reason);
                 Ended { code, reason: reason.name().to_owned(), message, remedy: reason.remedy() }
             }

@@ -1,11 +1,13 @@
 //! In: the status before and after a pass. Out: the events that tell of the transitions between them, and their way to
 //! the API server. A pass that changes nothing says nothing. An event that cannot be sent is logged and lost.
 
+use k8s_openapi::Resource as _;
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Resource, ResourceExt};
 use plimsoll_crds::{
-    ConditionType, LLMDeployment, LLMDeploymentStatus, RolloutState, RolloutStatus,
+    ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus, RolloutState, RolloutStatus,
 };
 
 use crate::apply::{Applied, Want};
@@ -28,7 +30,22 @@ pub fn transitions(
     if after.revision.is_some() && before.and_then(revision) != after.revision {
         let name = after.revision.clone().unwrap_or_default();
         let why = after.plan.as_ref().map(|plan| plan.why.as_str()).unwrap_or_default();
-        events.push(event(EventType::Normal, "PlanChosen", "Plan", format!("{name}: {why}")));
+        let change = after.plan.as_ref().and_then(|plan| plan.changed.as_ref());
+        let change = change.map_or_else(String::new, |change| {
+            format!("against plan {}: {}; ", change.from, values(&change.values))
+        });
+        let note = format!("{name}: {change}{why}");
+        events.push(of_revision(event(EventType::Normal, "PlanChosen", "Plan", note), &name));
+    }
+    let hash = |status: &LLMDeploymentStatus| Some(status.offered.as_ref()?.hash.clone());
+    if let Some(offered) = &after.offered
+        && before.and_then(hash).as_ref() != Some(&offered.hash)
+    {
+        let OfferStatus { hash, revision, cause, values: changed, why } = offered;
+        let changed = values(changed);
+        let note = format!("spec.plan.pinnedHash: {hash} would run ({cause:?}): {changed}; {why}");
+        let offered = event(EventType::Normal, "PlanOffered", "Plan", note);
+        events.push(of_revision(offered, revision));
     }
     let (was, is) = (held(before, ConditionType::Ready), held(Some(after), ConditionType::Ready));
     if let Some(is) = is {
@@ -49,6 +66,10 @@ pub fn transitions(
     events
 }
 
+fn values(changed: &[String]) -> String {
+    if changed.is_empty() { "no value differs".to_owned() } else { changed.join(", ") }
+}
+
 /// A rollout that came to its end, with what it cost.
 fn rolled(before: Option<&RolloutStatus>, after: Option<&RolloutStatus>) -> Option<Event> {
     let (before, after) = (before?, after?);
@@ -60,25 +81,14 @@ fn rolled(before: Option<&RolloutStatus>, after: Option<&RolloutStatus>) -> Opti
     match (after.state, outage) {
         (RolloutState::Complete | RolloutState::RolledBack, Some(outage)) if told => {
             let note = format!("rollout to {name}: {outage}");
-            Some(about(name, event(EventType::Warning, "Outage", "Roll", note)))
+            Some(of_revision(event(EventType::Warning, "Outage", "Roll", note), name))
         }
         (RolloutState::Stopped, _) if before.state != RolloutState::Stopped => {
             let note = format!("rollout to {name} has stopped; older pods go on serving");
-            Some(about(name, event(EventType::Warning, "RolloutStopped", "Roll", note)))
+            Some(of_revision(event(EventType::Warning, "RolloutStopped", "Roll", note), name))
         }
         _ => None,
     }
-}
-
-/// An event that names the revision it is about, so that it is not counted as one of another.
-fn about(revision: &str, event: Event) -> Event {
-    let related = ObjectReference {
-        api_version: Some("apps/v1".to_owned()),
-        kind: Some("ControllerRevision".to_owned()),
-        name: Some(revision.to_owned()),
-        ..ObjectReference::default()
-    };
-    Event { secondary: Some(related), ..event }
 }
 
 /// A child of ours that another hand had touched and that was put right.
@@ -137,10 +147,78 @@ fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {
     }
 }
 
+/// Events are alike, and counted in the words of the first, when all but their notes is; those of two revisions are not.
+fn of_revision(event: Event, name: &str) -> Event {
+    let secondary = ObjectReference {
+        api_version: Some(ControllerRevision::API_VERSION.to_owned()),
+        kind: Some(ControllerRevision::KIND.to_owned()),
+        name: Some(name.to_owned()),
+        ..ObjectReference::default()
+    };
+    Event { secondary: Some(secondary), ..event }
+}
+
 pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Event]) {
     for event in events {
         if let Err(error) = recorder.publish(event, &object.object_ref(&())).await {
             tracing::warn!(%error, object = object.name_any(), "an event was lost");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_crds::{PlanCause, PlanStatus};
+    use serde_json::json;
+
+    use super::*;
+
+    fn plan(hash: &str) -> PlanStatus {
+        serde_json::from_value(json!({
+            "hash": hash, "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
+            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
+            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
+            "why": "it fits",
+            "changed": {"from": "old", "cause": "SpecChanged", "values": ["cache.tokens: 128 → 64"]},
+        }))
+        .unwrap()
+    }
+
+    fn offer(hash: &str) -> OfferStatus {
+        OfferStatus {
+            hash: hash.to_owned(),
+            revision: format!("assistant-{hash}"),
+            cause: PlanCause::BetterPlan,
+            values: vec!["accelerator: cpu → nvidia-l4".to_owned()],
+            why: "GPUs come first".to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_changed_plan_and_an_offer_are_told_once_with_every_value() {
+        let before = LLMDeploymentStatus::default();
+        let mut after = LLMDeploymentStatus {
+            revision: Some("assistant-1".to_owned()),
+            plan: Some(plan("new")),
+            offered: Some(offer("2")),
+            ..before.clone()
+        };
+        let told = transitions(Some(&before), &after);
+        let note = |index: usize| told[index].note.clone().unwrap();
+        assert_eq!(note(0), "assistant-1: against plan old: cache.tokens: 128 → 64; it fits");
+        assert_eq!(
+            note(1),
+            "spec.plan.pinnedHash: 2 would run (BetterPlan): accelerator: cpu → nvidia-l4; GPUs come first"
+        );
+        assert_eq!(told.len(), 2);
+        assert!(transitions(Some(&after), &after).is_empty());
+        // Another offer is another event, not one more of the first.
+        let second = after.clone();
+        after.offered = Some(offer("3"));
+        let again = transitions(Some(&second), &after);
+        assert_eq!(again.len(), 1);
+        assert_ne!(again[0].secondary, told[1].secondary);
+        after.offered = None;
+        assert!(transitions(Some(&second), &after).is_empty());
     }
 }

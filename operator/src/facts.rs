@@ -89,7 +89,7 @@ pub fn is_spent(model: &Model, outgrown: bool, due: bool) -> bool {
 
 /// A failure without a report of the engine: the image did not start, the node went away.
 fn failed(message: String) -> Model {
-    Model::Failed { report: ExitReport { reason: ExitReason::Internal, message }, retry: true }
+    Model::Failed { report: ExitReport::new(ExitReason::Internal, message), retry: true }
 }
 
 fn stored(seen: &SeenModel) -> Option<ModelFacts> {

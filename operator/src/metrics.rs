@@ -81,6 +81,7 @@ impl Metrics {
         family(&mut text, names::LEADING, "gauge", "1 in the process that holds the Lease");
         line(&mut text, names::LEADING, &[], i64::from(seen.leading));
         write_conditions(seen.objects, &mut text);
+        write_plan_parts(seen.objects, &mut text);
         write_plans(seen.objects, &mut text);
         write_restarts(seen.pods, &mut text);
         text
@@ -111,7 +112,7 @@ fn write_conditions(objects: &[Arc<LLMDeployment>], text: &mut String) {
     }
 }
 
-fn write_plans(objects: &[Arc<LLMDeployment>], text: &mut String) {
+fn write_plan_parts(objects: &[Arc<LLMDeployment>], text: &mut String) {
     family(text, names::PLAN_MEMORY_BYTES, "gauge", "Bytes of one pod that the plan counts on");
     for object in objects {
         let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
@@ -125,6 +126,47 @@ fn write_plans(objects: &[Arc<LLMDeployment>], text: &mut String) {
         ] {
             let labels = [("namespace", namespace.as_str()), ("name", &name), ("part", part)];
             line(text, names::PLAN_MEMORY_BYTES, &labels, bytes);
+        }
+    }
+}
+
+/// What every object runs with, and its memory as planned and as measured: an alert holds one against the other.
+fn write_plans(objects: &[Arc<LLMDeployment>], text: &mut String) {
+    let running = || {
+        objects.iter().filter_map(|object| {
+            let status = object.status.as_ref().filter(|status| status.revision.is_some())?;
+            let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+            Some((namespace, name, status.plan.as_ref()?, status.measured.unwrap_or_default()))
+        })
+    };
+    family(text, names::PLAN_INFO, "gauge", "The plan that runs; always 1");
+    for (namespace, name, plan, _) in running() {
+        let tensor_parallel = plan.tensor_parallel.to_string();
+        let labels = [
+            ("namespace", namespace.as_str()),
+            ("name", &name),
+            ("hash", &plan.hash),
+            ("quantization", &plan.quantization),
+            ("dtype", &plan.dtype),
+            ("cache_dtype", &plan.cache.dtype),
+            ("cache_strategy", &plan.cache.strategy),
+            ("tensor_parallel", &tensor_parallel),
+            ("accelerator", &plan.accelerator),
+        ];
+        line(text, names::PLAN_INFO, &labels, 1);
+    }
+    let help = "Memory of one engine: the plan's sum, and the most that one has held";
+    family(text, names::MEMORY_BYTES, "gauge", help);
+    for (namespace, name, plan, measured) in running() {
+        let kinds = [
+            ("predicted", Some(plan.memory_bytes.total)),
+            ("measured", measured.peak_memory_bytes),
+        ];
+        for (kind, bytes) in kinds {
+            let labels = [("namespace", namespace.as_str()), ("name", &name), ("kind", kind)];
+            if let Some(bytes) = bytes {
+                line(text, names::MEMORY_BYTES, &labels, bytes);
+            }
         }
     }
 }

@@ -27,8 +27,10 @@ use tokio::sync::watch;
 use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
 
+mod nodes_version;
 mod optional;
 
+use nodes_version::NodesVersion;
 pub use optional::Optional;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
@@ -51,6 +53,7 @@ pub struct Caches {
     facts: Store<ConfigMap>,
     pods: Store<Pod>,
     nodes: Store<Node>,
+    nodes_version: NodesVersion,
     /// Kinds of the Prometheus operator, which may be there, come or go.
     pub pod_monitors: Optional<PodMonitor>,
     pub prometheus_rules: Optional<PrometheusRule>,
@@ -143,6 +146,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         facts,
         pods,
         nodes,
+        nodes_version: NodesVersion::default(),
         pod_monitors,
         prometheus_rules,
     });
@@ -170,9 +174,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
     triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
-    let objects = caches.objects.clone();
-    let unplanned = move |_: &Node| objects_without_a_plan(&objects);
-    triggers.push(follow(Api::all(client.clone()), everything, nodes_writer, trim_node, unplanned));
+    triggers.push(follow_nodes(Api::all(client.clone()), nodes_writer, caches.clone()));
     triggers.push(monitored);
     triggers.push(ruled);
     (caches, triggers)
@@ -254,7 +256,43 @@ fn objects_of_pod(pod: &Pod, jobs: &Store<Job>) -> Vec<ObjectRef<LLMDeployment>>
     job.map(|job| owners(job.as_ref())).unwrap_or_default()
 }
 
-/// A node that comes or grows concerns only those for whom no plan was found.
+/// A node that comes, goes or changes concerns everyone; that it is alive only those for whom no plan was found. While the
+/// caches fill, everyone is looked at anyway.
+fn follow_nodes(
+    api: Api<Node>,
+    writer: reflector::store::Writer<Node>,
+    caches: Arc<Caches>,
+) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+    watcher(api, watcher::Config::default())
+        .default_backoff()
+        .modify(trim_node)
+        .reflect(writer)
+        .map_ok(move |event| futures::stream::iter(objects_of_nodes(&event, &caches)).map(Ok))
+        .try_flatten()
+        .boxed()
+}
+
+fn objects_of_nodes(
+    event: &watcher::Event<Node>,
+    caches: &Caches,
+) -> Vec<ObjectRef<LLMDeployment>> {
+    let Caches { nodes, nodes_version, objects, .. } = caches;
+    let changed = match event {
+        watcher::Event::Init => return Vec::new(),
+        watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
+            nodes_version.note(&node.name_any(), Some(node))
+        }
+        watcher::Event::Delete(node) => nodes_version.note(&node.name_any(), None),
+        watcher::Event::InitDone => {
+            nodes_version.retain(|name| nodes.get(&ObjectRef::new(name)).is_some())
+        }
+    };
+    if !changed || !caches.is_ready() {
+        return objects_without_a_plan(objects);
+    }
+    objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
+}
+
 fn objects_without_a_plan(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {
     let planned = |object: &LLMDeployment| {
         let conditions = object.status.iter().flat_map(|status| &status.conditions);
@@ -369,6 +407,11 @@ impl Caches {
             object.meta().namespace.as_deref() == Some(namespace)
                 && object.labels().get(label).is_some_and(|held| held == value)
         })
+    }
+
+    /// Another number whenever the nodes changed in a way that may matter to a plan.
+    pub fn nodes_version(&self) -> u64 {
+        self.nodes_version.get()
     }
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {

@@ -21,7 +21,7 @@ mod nodes;
 mod rank;
 mod room;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 
 pub use candidates::GPU_HOST_BYTES;
 pub use memory::headroom;
@@ -29,6 +29,8 @@ pub use neighbours::{Asked, Neighbours, asked};
 pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
 pub use room::{Update, room};
 
+/// The class of machine that computes on its CPU.
+pub const CPU_CLASS: &str = "cpu";
 /// Requests that run at once where the spec names no concurrency.
 pub const CONCURRENCY_DEFAULT: u32 = 32;
 /// Tokens of one request where the spec names none.
@@ -155,6 +157,21 @@ pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOut
     PlanOutcome { chosen: Some(assemble(spec, candidate, fitted, why)), rejected: passed_over }
 }
 
+/// Every plan that fits, the best first, whatever is chosen of them.
+pub fn feasible(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> Vec<Plan> {
+    let fitted = |candidate: candidates::Candidate| {
+        let fitted = memory::fit(spec, facts, &candidate).ok()?;
+        Some((candidate, fitted))
+    };
+    let mut feasible: Vec<_> =
+        candidates::candidates(spec, nodes).into_iter().filter_map(fitted).collect();
+    rank::rank(&mut feasible);
+    let plan = |(candidate, fitted): &(candidates::Candidate, memory::Fitted)| {
+        assemble(spec, candidate, fitted, explain::chosen(spec, candidate, fitted))
+    };
+    feasible.iter().map(plan).collect()
+}
+
 fn assemble(
     spec: &Spec,
     candidate: &candidates::Candidate,
@@ -265,6 +282,8 @@ pub fn status(outcome: &PlanOutcome, chosen: &Plan) -> PlanStatus {
         accelerator: chosen.accelerator.clone(),
         context_tokens: chosen.context_tokens.into(),
         concurrency: chosen.running_max.cast_signed(),
+        step_tokens: Some(chosen.step_tokens_max.cast_signed()),
+        cpu_millis: Some(chosen.cpu_millis.cast_signed()),
         memory_bytes: MemoryStatus {
             weights: signed(weights),
             kv: signed(kv),
@@ -282,6 +301,7 @@ pub fn status(outcome: &PlanOutcome, chosen: &Plan) -> PlanStatus {
                 why: bounded(why),
             })
             .collect(),
+        changed: None,
     }
 }
 

@@ -64,6 +64,21 @@ pub fn engines(pods: &[Arc<Pod>], revision_hash: Option<&str>, now: Timestamp) -
     seen
 }
 
+/// Pods of one revision that stay.
+pub fn of_revision<'a>(pods: &'a [Arc<Pod>], hash: &str) -> impl Iterator<Item = &'a Arc<Pod>> {
+    let hash = hash.to_owned();
+    pods.iter().filter(move |pod| stays(pod) && pod.labels().get(names::REVISION) == Some(&hash))
+}
+
+/// Since when the pod that waits longest is told that no node takes it.
+pub fn waits_for_node_since(pods: &[Arc<Pod>], hash: &str) -> Option<Timestamp> {
+    let told = of_revision(pods, hash).flat_map(|pod| {
+        let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+        conditions.filter(|held| held.type_ == "PodScheduled" && held.status == "False")
+    });
+    told.filter_map(|held| held.last_transition_time.as_ref()).map(|time| time.0).min()
+}
+
 /// Neither leaving nor over.
 fn stays(pod: &Pod) -> bool {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());

@@ -1,6 +1,7 @@
 //! One reconcile: spec → observe → facts → plan → revision → rollout → desired → apply → status. This file holds the order of the
 //! steps and what each hands to the next; the steps themselves are the files of those names.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,21 +16,17 @@ use plimsoll_crds::{LLMDeployment, OperatorUpgrade, Reason};
 use tokio::sync::Mutex;
 
 use crate::apply::{Applied, ApplyError, Owner, Writer};
-use crate::desired::model::Place;
-use crate::desired::{
-    self, Children, Identity, Settings, Surroundings, deployment, pod, protection, reach,
-};
+use crate::decide::{self, Case};
+use crate::desired::{self, Children, Identity, Settings, Surroundings, protection, reach};
 use crate::events::Repair;
-use crate::facts::{self, Model};
-use crate::inspect::{self, Wanted};
+use crate::measure::Measurements;
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
-use crate::plan::{self, Neighbours, Update};
-use crate::revision::{self, Content, Revision};
+use crate::revision::{self, Revision};
 use crate::rollout::{self, Rollout};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said};
-use crate::{events, fields, neighbours, pods};
+use crate::{events, inspect, pods};
 
 /// What stands in the way, with no watch to tell when it is gone, is looked at again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
@@ -37,7 +34,9 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
 /// No watch tells when other pods leave a node.
-const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
+pub const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
+/// Objects of which is remembered what they were held against.
+const CONSIDERED_MAX: usize = 100_000;
 
 /// What every reconcile shares.
 pub struct Context {
@@ -52,23 +51,49 @@ pub struct Context {
     pub sharing: Mutex<()>,
     /// Tells the time, as far as status and patience need it.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
+    pub considered: Considered,
+    pub measurements: Arc<Measurements>,
+}
+
+/// Which revision of which object was last held against which version of the nodes, so that a better plan is looked for only
+/// when nodes change. Lost with the process: then all are looked at once.
+#[derive(Default)]
+pub struct Considered(std::sync::Mutex<HashMap<String, (u64, String)>>);
+
+impl Considered {
+    pub fn holds(&self, uid: &str, mark: &(u64, String)) -> bool {
+        self.0.lock().expect("no holder panics").get(uid) == Some(mark)
+    }
+
+    pub fn note(&self, uid: &str, mark: (u64, String)) {
+        let mut marks = self.0.lock().expect("no holder panics");
+        // Nobody tells of objects that are gone.
+        if marks.len() >= CONSIDERED_MAX {
+            marks.clear();
+        }
+        marks.insert(uid.to_owned(), mark);
+    }
 }
 
 /// How far a pass came; what it hands to status.
 #[derive(Default)]
-struct Pass {
-    trouble: Option<Said>,
-    model: Option<Said>,
-    facts: Option<ModelFacts>,
-    planned: Option<Said>,
+pub struct Pass {
+    pub trouble: Option<Said>,
+    pub model: Option<Said>,
+    pub facts: Option<ModelFacts>,
+    pub planned: Option<Said>,
     /// What stands after this pass.
-    rollout: Option<Rollout>,
+    pub rollout: Option<Rollout>,
     /// The revision that answers to the spec, which stands unless it failed.
-    current: Option<Revision>,
+    pub current: Option<Revision>,
     /// What was put right after another hand.
-    repaired: Vec<Repair>,
+    pub repaired: Vec<Repair>,
+    /// A plan that waits for a person.
+    pub offered: Option<Revision>,
+    /// Engines run out of memory, and no other plan helps: with what figures.
+    pub exhausted: Option<String>,
     /// When to look again without being told.
-    again: Option<Duration>,
+    pub again: Option<Duration>,
 }
 
 pub async fn reconcile(
@@ -125,45 +150,39 @@ async fn forward(
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let revisions = revision::committed(&seen.revisions, &identity.uid);
     let digest = revision::spec_digest(&object.spec);
-    let answering = revision::answering(&revisions, &digest);
-    let outdated = |revision: &&Revision| {
+    let standing = revision::standing_hash(object, seen.deployment.as_deref());
+    let standing = standing.as_deref();
+    let answering = revision::answering(&revisions, &digest, &spec.plan, standing);
+    let outdated = |revision: &Revision| {
         spec.operator_upgrade == OperatorUpgrade::Follow
             && revision::is_outdated(revision, &context.settings.engine_image)
     };
 
+    let (digest, seen, revisions) = (digest.as_str(), &seen, revisions.as_slice());
+    let case = Case { spec, digest, identity, seen, revisions, standing, context };
     let decided = match (barred(spec, &context.settings), answering) {
         (Some(barred), _) => {
             pass.trouble = Some(barred);
             Ok(None)
         }
-        (None, Some(revision)) if !outdated(&revision) => {
-            keep(spec, revision, identity, context, pass).await.map(Some)
+        (None, Some(revision)) if !outdated(revision) => {
+            decide::keep(&case, revision, pass).await.map(Some)
         }
-        (None, held) => {
-            let made = decide(spec, digest, &revisions, identity, &seen, context, pass).await;
-            match (made, held) {
-                // What cannot be made anew for this operator goes on as it is.
-                (Ok(None), Some(held)) => keep(spec, held, identity, context, pass).await.map(Some),
-                (made, _) => made,
-            }
-        }
+        (None, held) => match (decide::decide(&case, pass).await, held) {
+            // What cannot be made anew for this operator goes on as it is.
+            (Ok(None), Some(held)) => decide::keep(&case, held, pass).await.map(Some),
+            (made, _) => made,
+        },
     };
     // What cannot be decided anew leaves what runs in place, and in repair.
     let failed = decided.map(|decided| pass.current = decided);
-    roll(object, spec, &revisions, identity, &seen, context, pass).await?;
+    roll(object, &case, pass).await?;
     failed
 }
 
 /// One step of the rollout to the revision that answers to the spec; without one, what runs is held.
-async fn roll(
-    object: &LLMDeployment,
-    spec: &Spec,
-    revisions: &[Revision],
-    identity: &Identity,
-    seen: &Seen,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<(), ApplyError> {
+async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Result<(), ApplyError> {
+    let Case { spec, identity, seen, revisions, standing, context, .. } = *case;
     let deployment = seen.deployment.as_deref();
     let around = Surroundings::of(spec, &context.settings);
     let replicas = around.replicas;
@@ -178,26 +197,23 @@ async fn roll(
             replicas,
             now,
         })),
-        None => revision::running(revisions, revision::deployed_hash(deployment))
+        None => revision::running(revisions, standing)
             .map(|running| rollout::hold(running, deployment, spec.strategy)),
     };
-    let Some(rollout) = rollout else { return Ok(()) };
+    let Some(rollout) = rollout else { return forget(revisions, None, None, case).await };
     pass.again = pass.again.into_iter().chain(rollout.again).min();
     pass.rollout = Some(rollout.clone());
-    let standing = &rollout.revision;
+    let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
     if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
         pass.repaired = stand(object, &rollout, around, identity, context).await?;
     }
-    release(spec, seen, context).await?;
+    release(spec, seen, context).await;
+    forget(revisions, Some(&standing.name), good, case).await?;
     if pass.current.as_ref() == Some(standing) {
         let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
         let settled = engines.settled(replicas);
-        tidy(&rollout, revisions, settled, identity, context).await?;
-    }
-    if pass.current.as_ref() == Some(standing) {
-        let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
-        let settled = engines.settled(replicas);
-        tidy(&rollout, revisions, settled, identity, context).await?;
+        let key = &standing.content.model_key;
+        inspect::belong(&context.writer(), identity, key, settled).await?;
     }
     Ok(())
 }
@@ -225,130 +241,6 @@ fn barred(spec: &Spec, settings: &Settings) -> Option<Said> {
     }
     let field = spec.pod_template.as_ref().and_then(reach::reaches_out)?;
     Some(status::overlay_not_allowed(&field))
-}
-
-/// The spec was decided on before: only its download is looked after.
-async fn keep(
-    spec: &Spec,
-    revision: &Revision,
-    identity: &Identity,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Revision, ApplyError> {
-    let Content { model, plan, storage_note, model_key, shared_download, .. } = &revision.content;
-    pass.planned = Some(Said::yes(Reason::PlanChosen, plan.why.as_str()));
-    pass.model = Some(status::model_ready(model, storage_note.as_deref()));
-    if *shared_download && inspect::is_lost(&context.caches, &identity.namespace, model_key) {
-        let place = Place::Download { key: model_key.clone() };
-        let commit = model.revision.as_deref();
-        let settings = &context.settings;
-        let wanted = Wanted { identity, spec, key: model_key, place: &place, commit, settings };
-        learn(&wanted, None, context, pass).await?;
-    }
-    Ok(revision.clone())
-}
-
-/// A spec without a revision: facts → plan → revision. None while the facts are not there, or nothing fits.
-async fn decide(
-    spec: &Spec,
-    digest: String,
-    revisions: &[Revision],
-    identity: &Identity,
-    seen: &Seen,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Option<Revision>, ApplyError> {
-    let key = facts::key(spec);
-    // Cordoned nodes and those kept for others take no pods.
-    let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
-    let (place, storage_note) = Place::choose(spec, &key, open);
-    let note = storage_note.as_deref();
-    let settings = &context.settings;
-    let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
-    let Some(facts) = learn(&wanted, note, context, pass).await? else { return Ok(None) };
-    let neighbours = neighbours::read(&context.client, context.namespace.as_deref(), identity)
-        .await
-        .map_err(|source| ApplyError::Neighbours { source })?;
-    let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let mut outcome = plan::plan(spec, &facts, &nodes);
-    let update = outcome.chosen.as_mut().map(|chosen| {
-        let (update, said) = plan::room(spec, chosen, &nodes);
-        chosen.why.push_str(&format!("; {said}"));
-        update
-    });
-    let Some(chosen) = &outcome.chosen else {
-        pass.again = (!neighbours.asked.is_empty()).then_some(NEIGHBOURS_AGAIN);
-        pass.planned = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
-        pass.facts = Some(facts);
-        return Ok(None);
-    };
-    pass.planned = Some(Said::yes(Reason::PlanChosen, chosen.why.as_str()));
-    let inputs = pod::Inputs {
-        name: &identity.name,
-        spec,
-        plan: chosen,
-        facts: &facts,
-        place: &place,
-        settings: &context.settings,
-    };
-    let content = Content {
-        template_version: revision::TEMPLATE_VERSION,
-        engine_image: Some(context.settings.engine_image.clone()),
-        spec_digest: digest,
-        model_key: key,
-        shared_download: matches!(place, Place::Download { .. }),
-        storage_note,
-        update: update.unwrap_or_default(),
-        model: status::model(&facts),
-        plan: plan::status(&outcome, chosen),
-        pod_template: match &spec.pod_template {
-            Some(_) => rehearsed(pod::template(&inputs), identity, context).await?,
-            None => pod::template(&inputs),
-        },
-    };
-    let next = revision::new(&identity.name, revisions, content);
-    let owner = Owner::Controller { uid: &identity.uid };
-    context.writer().create(&revision::wanted(identity, &next), owner).await?;
-    Ok(Some(next))
-}
-
-/// The facts of the model, or None and the reason in the pass.
-async fn learn(
-    wanted: &Wanted<'_>,
-    note: Option<&str>,
-    context: &Context,
-    pass: &mut Pass,
-) -> Result<Option<ModelFacts>, ApplyError> {
-    let Wanted { identity, key, .. } = *wanted;
-    match inspect::step(&context.writer(), wanted, (context.clock)()).await? {
-        Model::Known(facts) | Model::Told(facts) => {
-            pass.model = Some(status::model_ready(&status::model(&facts), note));
-            Ok(Some(*facts))
-        }
-        missing => {
-            pass.again = inspect::again(
-                &missing,
-                &context.caches,
-                &identity.namespace,
-                key,
-                (context.clock)(),
-            );
-            pass.model = Some(status::model_missing(&missing, key));
-            Ok(None)
-        }
-    }
-}
-
-/// A template with an overlay as the API server would store it, so that it can be compared with what is stored ever
-/// after. Without an overlay we write every field in that form ourselves.
-async fn rehearsed(
-    template: serde_json::Value,
-    identity: &Identity,
-    context: &Context,
-) -> Result<serde_json::Value, ApplyError> {
-    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge, None);
-    let answered = context.writer().rehearse(&trial).await?;
-    Ok(fields::settled(&template, &answered["spec"]["template"]))
 }
 
 /// Children from the rollout's revision and nothing else. Tells of what another hand had changed.
@@ -424,33 +316,33 @@ async fn monitor(
     Ok(())
 }
 
-/// Pods that have come to answer are protected no more.
-async fn release(spec: &Spec, seen: &Seen, context: &Context) -> Result<(), ApplyError> {
+/// Pods that have come to answer are protected no more. Where that fails they serve all the same, and the next pass tries
+/// again.
+async fn release(spec: &Spec, seen: &Seen, context: &Context) {
     if protection::is_the_users(spec) {
-        return Ok(());
+        return;
     }
     for pod in protection::over(&seen.pods, &seen.nodes) {
-        context.writer().release(pod.as_ref()).await?;
-    }
-    Ok(())
-}
-
-/// A share in the model that stands; an end to what serves nothing: revisions beyond the history, other models.
-async fn tidy(
-    rollout: &Rollout,
-    revisions: &[Revision],
-    settled: bool,
-    identity: &Identity,
-    context: &Context,
-) -> Result<(), ApplyError> {
-    let writer = context.writer();
-    let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
-    for name in revision::to_forget(revisions, &standing.name, good) {
-        if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
-            writer.delete(old.as_ref()).await?;
+        if let Err(error) = context.writer().release(pod.as_ref()).await {
+            tracing::warn!(%error, "a pod that answers is still protected");
         }
     }
-    inspect::belong(&writer, identity, &standing.content.model_key, settled).await
+}
+
+/// An end to revisions beyond the history.
+async fn forget(
+    revisions: &[Revision],
+    standing: Option<&str>,
+    good: Option<&str>,
+    case: &Case<'_>,
+) -> Result<(), ApplyError> {
+    let Case { identity, context, .. } = *case;
+    for name in revision::to_forget(revisions, standing, good) {
+        if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
+            context.writer().delete(old.as_ref()).await?;
+        }
+    }
+    Ok(())
 }
 
 /// Status as computed from what stands now, written where it changed, and the events of what turned.
@@ -484,6 +376,10 @@ async fn tell(
         revision: standing,
         revision_is_current: standing.is_some() && standing == pass.current.as_ref(),
         rollout,
+        offered: pass.offered.as_ref(),
+        exhausted: pass.exhausted.as_deref(),
+        measured: standing
+            .and_then(|standing| context.measurements.of(&identity.uid, &standing.name)),
         suspended: object.spec.suspend,
         replicas,
         pods: &seen.pods,
@@ -502,12 +398,12 @@ async fn tell(
 
 impl Context {
     /// Whole seconds, as the API keeps them.
-    fn now(&self) -> Time {
+    pub fn now(&self) -> Time {
         let now = (self.clock)();
         Time(now.round(Unit::Second).unwrap_or(now))
     }
 
-    fn writer(&self) -> Writer<'_> {
+    pub fn writer(&self) -> Writer<'_> {
         let Context { client, caches, metrics, sharing, .. } = self;
         Writer { client, caches, metrics, sharing }
     }

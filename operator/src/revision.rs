@@ -6,19 +6,23 @@ use std::sync::Arc;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use kube::ResourceExt;
-use plimsoll_crds::{LLMDeploymentSpec, ModelStatus, PlanStatus};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentSpec, ModelStatus, PlanCause, PlanStatus};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::apply::Want;
 use crate::desired::{Identity, names};
+use crate::exhausted::Learned;
 use crate::fields::digest;
 use crate::plan::Update;
+use crate::spec::PlanPolicy;
 
 /// Says by which renderer a revision was made. Never compared: an old template is as good as a new one.
 pub const TEMPLATE_VERSION: u32 = 2;
 /// Revisions kept beside the one that runs, so that going back needs no new plan.
 pub const HISTORY_MAX: usize = 5;
+/// Plans kept that wait for a person, so that a pin which was written a little late still names one.
+pub const WAITING_MAX: usize = 2;
 
 /// What a revision freezes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -40,9 +44,25 @@ pub struct Content {
     /// How its pods take the places of older ones.
     #[serde(default, skip_serializing_if = "is_surge")]
     pub update: Update,
+    /// What led to it.
+    #[serde(default, skip_serializing_if = "is_spec_changed")]
+    pub cause: PlanCause,
+    /// Hash of the revision of the same spec that it was planned against. None where the spec was new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<String>,
+    /// Nothing is rendered from it before a person has pinned its plan.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub waits_for_pin: bool,
+    /// What an engine was found to need, and what its plan therefore holds beside the sum.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<Learned>,
     pub model: ModelStatus,
     pub plan: PlanStatus,
     pub pod_template: Value,
+}
+
+fn is_spec_changed(cause: &PlanCause) -> bool {
+    *cause == PlanCause::SpecChanged
 }
 
 /// As every revision was before there was a choice.
@@ -63,11 +83,11 @@ pub struct Revision {
 }
 
 /// Everything of the spec that decides what a pod is. Scaling and suspending change how many there are, the network who
-/// reaches them.
+/// reaches them; who decides on plans changes which of them runs.
 pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     let mut value = serde_json::to_value(spec).expect("a spec is plain data");
     let fields = value.as_object_mut().expect("a spec is an object");
-    for field in ["replicas", "suspend", "network"] {
+    for field in ["replicas", "suspend", "network", "plan"] {
         fields.shift_remove(field);
     }
     if let Some(rollout) = fields.get_mut("rollout").and_then(Value::as_object_mut) {
@@ -103,9 +123,25 @@ fn read(stored: &ControllerRevision) -> Option<Revision> {
     })
 }
 
-/// The revision made for this very spec.
-pub fn answering<'a>(revisions: &'a [Revision], spec_digest: &str) -> Option<&'a Revision> {
-    revisions.iter().find(|revision| revision.content.spec_digest == spec_digest)
+/// The revision that answers to this very spec, as far as plans go the way its policy wants. Of several that one which
+/// stands already, and else the newest that no other has replaced: so a pin that is taken out again changes nothing.
+pub fn answering<'a>(
+    revisions: &'a [Revision],
+    spec_digest: &str,
+    policy: &PlanPolicy,
+    deployed_hash: Option<&str>,
+) -> Option<&'a Revision> {
+    let of_spec =
+        || revisions.iter().filter(|revision| revision.content.spec_digest == spec_digest);
+    let deployed = of_spec().find(|revision| Some(revision.hash.as_str()) == deployed_hash);
+    let Some(pinned) = &policy.pinned_hash else {
+        let by_itself = |revision: &&Revision| {
+            !revision.content.waits_for_pin && !is_replaced(revisions, revision)
+        };
+        return deployed.or_else(|| of_spec().find(by_itself).filter(|_| !policy.manual));
+    };
+    let named = |revision: &&Revision| revision.content.plan.hash == *pinned;
+    deployed.filter(named).or_else(|| of_spec().find(named))
 }
 
 /// Whether this operator would make its pods from another template or with another engine than `revision` has.
@@ -114,26 +150,69 @@ pub fn is_outdated(revision: &Revision, engine_image: &str) -> bool {
     *template_version != TEMPLATE_VERSION || held.as_deref() != Some(engine_image)
 }
 
-/// The revision whose children stand; without a Deployment the newest.
+fn is_replaced(revisions: &[Revision], revision: &Revision) -> bool {
+    revisions.iter().any(|other| {
+        !other.content.waits_for_pin && other.content.replaces.as_ref() == Some(&revision.hash)
+    })
+}
+
+/// What was planned for this spec and waits for a person, while nothing answers to the spec.
+pub fn proposal<'a>(revisions: &'a [Revision], spec_digest: &str) -> Option<&'a Revision> {
+    revisions.iter().find(|revision| {
+        let Content { waits_for_pin, cause, spec_digest: held, .. } = &revision.content;
+        *waits_for_pin && *cause == PlanCause::SpecChanged && held == spec_digest
+    })
+}
+
+/// What is offered in place of `standing`.
+pub fn offered<'a>(revisions: &'a [Revision], standing: &Revision) -> Option<&'a Revision> {
+    revisions.iter().find(|revision| {
+        let Content { waits_for_pin, replaces, spec_digest, .. } = &revision.content;
+        *waits_for_pin
+            && replaces.as_ref() == Some(&standing.hash)
+            && *spec_digest == standing.content.spec_digest
+            && revision.hash != standing.hash
+    })
+}
+
+/// The revision whose children stand; without a Deployment the newest that may.
 pub fn running<'a>(revisions: &'a [Revision], deployed_hash: Option<&str>) -> Option<&'a Revision> {
     let deployed =
         deployed_hash.and_then(|hash| revisions.iter().find(|revision| revision.hash == hash));
-    deployed.or(revisions.first())
+    deployed.or_else(|| revisions.iter().find(|revision| !revision.content.waits_for_pin))
 }
 
-/// A revision for `content`, not committed yet. Its pods carry its hash.
+/// A revision for `content`, not committed yet. Its pods carry its hash. What is only offered is told apart from one that ran
+/// with the same pods.
 pub fn new(object_name: &str, revisions: &[Revision], mut content: Content) -> Revision {
-    let identity = json!({
+    let mut identity = json!({
         "spec": content.spec_digest, "model": content.model, "template": content.pod_template,
     });
+    if let Some(standing) = content.replaces.as_ref().filter(|_| content.waits_for_pin) {
+        identity["offeredFor"] = standing.as_str().into();
+    }
     let mut hash = digest(&identity, 8);
-    while revisions.iter().any(|held| held.hash == hash) {
-        // Made anew because the operator changed, with the same outcome: another revision all the same.
-        hash = digest(&json!([hash, content.template_version, content.engine_image]), 8);
+    let Content { template_version, engine_image, .. } = &content;
+    // Made anew for another operator, with the same outcome: another revision all the same.
+    while revisions.iter().any(|held| {
+        held.hash == hash
+            && (held.content.template_version, &held.content.engine_image)
+                != (*template_version, engine_image)
+    }) {
+        hash = digest(&json!([hash, template_version, engine_image]), 8);
     }
     content.pod_template["metadata"]["labels"][names::REVISION] = hash.as_str().into();
     let newest = revisions.iter().map(|revision| revision.number).max().unwrap_or(0);
     Revision { name: format!("{object_name}-{hash}"), hash, number: newest + 1, content }
+}
+
+/// Whether pods of `revision` are made from this very template.
+pub fn has_pods_of(revision: &Revision, template: &Value) -> bool {
+    let mut held = revision.content.pod_template.clone();
+    if let Some(labels) = held["metadata"]["labels"].as_object_mut() {
+        labels.shift_remove(names::REVISION);
+    }
+    held == *template
 }
 
 /// The object to store.
@@ -149,20 +228,31 @@ pub fn wanted(identity: &Identity, revision: &Revision) -> Want<ControllerRevisi
     }))
 }
 
-/// Names of revisions beyond the history, beside the one that stands and the one to go back to.
+/// Names of revisions beyond the history, beside the one that stands and the hash to go back to. What only waited for a person
+/// has a shorter one.
 pub fn to_forget<'a>(
     revisions: &'a [Revision],
-    standing: &str,
+    standing: Option<&str>,
     good: Option<&str>,
 ) -> Vec<&'a str> {
-    let others = revisions.iter().filter(|revision| revision.name != standing).skip(HISTORY_MAX);
-    let dispensable = others.filter(|revision| Some(revision.hash.as_str()) != good);
+    let others = || revisions.iter().filter(|revision| Some(revision.name.as_str()) != standing);
+    let (waiting, ran): (Vec<_>, Vec<_>) =
+        others().partition(|revision| revision.content.waits_for_pin);
+    let surplus = ran.into_iter().skip(HISTORY_MAX).chain(waiting.into_iter().skip(WAITING_MAX));
+    let dispensable = surplus.filter(|revision| Some(revision.hash.as_str()) != good);
     dispensable.map(|revision| revision.name.as_str()).collect()
 }
 
-/// Label of the revision that the Deployment stands for.
-pub fn deployed_hash(deployment: Option<&Deployment>) -> Option<&str> {
-    deployment?.labels().get(names::REVISION).map(String::as_str)
+/// Hash of the revision that the Deployment stands for; without one, which somebody may have deleted, that of the revision
+/// which status names.
+pub fn standing_hash(object: &LLMDeployment, deployment: Option<&Deployment>) -> Option<String> {
+    let deployed = deployment.and_then(|held| held.labels().get(names::REVISION).cloned());
+    let told = || {
+        let name = object.status.as_ref()?.revision.as_ref()?;
+        let hash = name.strip_prefix(&object.name_any())?.strip_prefix('-')?;
+        Some(hash.to_owned())
+    };
+    deployed.or_else(told)
 }
 
 #[cfg(test)]

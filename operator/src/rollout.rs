@@ -23,7 +23,7 @@ use crate::desired::names;
 use crate::facts::unschedulable;
 use crate::plan::Update;
 use crate::pods::{self, Engines};
-use crate::revision::{self, Revision};
+use crate::revision::Revision;
 use crate::status::Said;
 
 /// How long one pod more may wait for a node before pods are replaced in place; cluster autoscalers take less to decide.
@@ -124,6 +124,11 @@ pub fn hold(
     Rollout { revision: running.clone(), update, why, memory, replaces: false, again: None }
 }
 
+/// Label of the revision that the Deployment stands for.
+fn deployed_hash(deployment: Option<&Deployment>) -> Option<&str> {
+    deployment?.labels().get(names::REVISION).map(String::as_str)
+}
+
 /// The annotation of this rollout, or a new one that remembers where it comes from.
 fn remembered(inputs: &Inputs<'_>) -> Memory {
     let Inputs { to, deployment, pods, now, .. } = *inputs;
@@ -131,7 +136,7 @@ fn remembered(inputs: &Inputs<'_>) -> Memory {
     if let Some(held) = held.clone().filter(|held| held.to == to.hash) {
         return held;
     }
-    let from = revision::deployed_hash(deployment).filter(|from| *from != to.hash);
+    let from = deployed_hash(deployment).filter(|from| *from != to.hash);
     let served = |hash: &&str| pods::engines(pods, Some(hash), now).ready > 0;
     let good = from.filter(served).map(str::to_owned);
     let good = good.or(held.and_then(|held| held.good)).filter(|good| *good != to.hash);
@@ -200,7 +205,7 @@ fn out_of_room(
 /// Why the pods of `to` will not serve, where that is certain: an engine that says so, one that ends again and again, or a
 /// Deployment that has made no progress for as long as a start may take. None of it depends on our clock.
 fn failure(engines: &Engines, deployment: Option<&Deployment>, to: &Revision) -> Option<String> {
-    if revision::deployed_hash(deployment) != Some(to.hash.as_str()) || engines.current == 0 {
+    if deployed_hash(deployment) != Some(to.hash.as_str()) || engines.current == 0 {
         return None;
     }
     if let Some((reason, words)) = &engines.trouble

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::routing::get;
 use futures::StreamExt;
+use futures::channel::mpsc;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
@@ -29,9 +30,10 @@ use tracing_subscriber::EnvFilter;
 use crate::apply::ApplyError;
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
+use crate::measure;
 use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
-use crate::reconcile::{Context, reconcile};
+use crate::reconcile::{Considered, Context, reconcile};
 
 /// The operator waits more than it computes; two threads keep it small.
 const WORKER_THREADS: usize = 2;
@@ -40,6 +42,8 @@ const RECONCILES_MAX: u16 = 16;
 /// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Objects with something measured that wait to be looked at.
+const NEWS_MAX: usize = 1024;
 /// What reconciles in flight get to finish after a signal.
 const STOP_GRACE: Duration = Duration::from_secs(10);
 
@@ -61,6 +65,9 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from [default: the public hub]
     #[arg(long, value_name = "URL")]
     pub hub_endpoint: Option<String>,
+    /// Seconds between two looks at what the engines of an object measure; 0: none
+    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    pub measure_seconds: u64,
     /// Who may reach engines whose spec.network does not say
     #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
     pub clients: ClientsArg,
@@ -172,6 +179,8 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
         clock: Arc::new(Timestamp::now),
+        considered: Considered::default(),
+        measurements: Arc::default(),
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,
@@ -181,7 +190,8 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
             monitor_labels: options.monitor_labels.into_iter().collect(),
         },
     });
-    lead(&mut leader, context, triggers, stop).await?;
+    let every = Duration::from_secs(options.measure_seconds);
+    lead(&mut leader, context, triggers, every, stop).await?;
     leader.release().await;
     Ok(())
 }
@@ -190,7 +200,8 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
 async fn lead(
     leader: &mut Leader,
     context: Arc<Context>,
-    triggers: Triggers,
+    mut triggers: Triggers,
+    measure_every: Duration,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let mut stopped = stop.clone();
@@ -199,7 +210,17 @@ async fn lead(
         let _ = stopped.wait_for(|stop| *stop).await;
         tokio::time::sleep(STOP_GRACE).await;
     };
+    let (news, measured) = mpsc::channel(NEWS_MAX);
+    triggers.push(measured.map(Ok).boxed());
+    let (caches, measurements) = (context.caches.clone(), context.measurements.clone());
+    let measuring = async move {
+        if measure_every.is_zero() {
+            std::future::pending::<()>().await;
+        }
+        measure::run(caches, measurements, measure_every, news).await;
+    };
     tokio::select! {
+        () = measuring => Ok(()),
         () = control(context, triggers, stop) => Ok(()),
         lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
         () = overdue => Ok(()),

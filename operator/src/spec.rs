@@ -8,7 +8,7 @@ use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
 use plimsoll_crds::{
     AccessMode, Amount, CacheDtype, Clients, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade,
-    RolloutStrategy,
+    PlanApply, RolloutStrategy,
 };
 use serde::Serialize;
 use serde_json::Value;
@@ -49,6 +49,7 @@ pub struct Spec {
     pub replicas: u32,
     pub storage: Storage,
     pub budget: Budget,
+    pub plan: PlanPolicy,
     pub drain_seconds: u32,
     pub strategy: RolloutStrategy,
     pub operator_upgrade: OperatorUpgrade,
@@ -56,6 +57,24 @@ pub struct Spec {
     pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
+    /// What engines were found to need beside the sum. Nobody writes it: it comes from a revision that ran out of memory.
+    pub unplanned: Option<Unplanned>,
+}
+
+/// Which plans may run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PlanPolicy {
+    /// None runs before a person has named it.
+    pub manual: bool,
+    /// The one that may run.
+    pub pinned_hash: Option<String>,
+}
+
+/// Bytes beside the sum, on machines of one class.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unplanned {
+    pub class: String,
+    pub bytes: u64,
 }
 
 /// One entry of a Secret.
@@ -152,6 +171,7 @@ impl Door {
             replicas,
             storage,
             resources,
+            plan,
             rollout,
             network,
             suspend,
@@ -204,6 +224,7 @@ impl Door {
                 .unwrap_or_default(),
             storage: self.storage(storage.as_ref()),
             budget: self.budget(resources.as_ref()),
+            plan: self.plan_policy(plan.as_ref()),
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
@@ -212,6 +233,7 @@ impl Door {
             clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
+            unplanned: None,
             name,
             source: source?,
             served_name,
@@ -315,6 +337,20 @@ impl Door {
             cpu_millis: cpu_millis.map(|millis| u32::try_from(millis).unwrap_or(u32::MAX)),
             memory_bytes: memory_millis.map(|millis| millis.div_ceil(1000)),
         }
+    }
+
+    fn plan_policy(&mut self, given: Option<&crds::PlanPolicy>) -> PlanPolicy {
+        let crds::PlanPolicy { apply, pinned_hash } = given.cloned().unwrap_or_default();
+        let good = pinned_hash.as_ref().is_none_or(|hash| {
+            (1..=64).contains(&hash.len())
+                && hash.chars().all(|c| c.is_ascii_digit() || ('a'..='f').contains(&c))
+        });
+        self.check(
+            good,
+            "spec.plan.pinnedHash",
+            "is the hash of a plan, as status.offered.hash or status.plan.hash shows it: digits and the letters a to f",
+        );
+        PlanPolicy { manual: apply == Some(PlanApply::Manual), pinned_hash }
     }
 
     fn amount(&mut self, given: Option<&Amount>, field: &str, example: &str) -> Option<u64> {

@@ -10,11 +10,13 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{
-    ConditionType, LLMDeploymentStatus, ModelStatus, Reason, RolloutState, RolloutStatus, bounded,
+    ConditionType, LLMDeploymentStatus, MeasuredStatus, ModelStatus, Reason, RolloutState,
+    RolloutStatus, bounded,
 };
 
 use crate::desired::names;
 use crate::facts::Model;
+use crate::lifecycle;
 use crate::pods::{self, Engines};
 use crate::revision::Revision;
 
@@ -58,6 +60,12 @@ pub struct Findings<'a> {
     pub revision_is_current: bool,
     /// How its pods take the places of older ones.
     pub rollout: Option<RolloutStatus>,
+    /// A plan that waits for a person.
+    pub offered: Option<&'a Revision>,
+    /// Engines of this revision run out of memory, and no other plan helps: with what figures.
+    pub exhausted: Option<&'a str>,
+    /// What engines of this revision measured, where there is news.
+    pub measured: Option<MeasuredStatus>,
     pub suspended: bool,
     /// Pods that the spec asks for; zero while suspended.
     pub replicas: u32,
@@ -90,9 +98,21 @@ pub fn compute(
             .facts
             .map(model)
             .or_else(|| found.revision.map(|revision| revision.content.model.clone())),
-        plan: found.revision.map(|revision| revision.content.plan.clone()),
+        // Where nothing runs yet, what waits is all there is to look at.
+        plan: found.revision.or(found.offered).map(|revision| revision.content.plan.clone()),
+        offered: found.offered.filter(|_| found.revision.is_some()).map(lifecycle::offer),
+        measured: found.measured.or_else(|| measured_before(found, before)),
         rollout: found.rollout.clone(),
     }
+}
+
+/// What was measured stands as long as its revision does.
+fn measured_before(
+    found: &Findings<'_>,
+    before: Option<&LLMDeploymentStatus>,
+) -> Option<MeasuredStatus> {
+    let name = found.revision.map(|revision| &revision.name);
+    before.filter(|before| before.revision.as_ref() == name)?.measured
 }
 
 fn count(pods: usize) -> i32 {
@@ -167,9 +187,12 @@ fn loaded(found: &Findings<'_>, engines: &Engines) -> Said {
     if engines.ready >= wanted {
         return Said::yes(Reason::EngineReady, format!("{} engines are ready", engines.ready));
     }
-    match &engines.trouble {
-        Some((reason, message)) => Said::no(*reason, message.as_str()),
-        None => {
+    match (&engines.trouble, found.exhausted) {
+        (Some((Reason::OutOfDeviceMemory | Reason::DoesNotFit, message)), Some(figures)) => {
+            Said::no(Reason::OutOfMemoryAgain, format!("{figures}; {message}"))
+        }
+        (Some((reason, message)), _) => Said::no(*reason, message.as_str()),
+        (None, _) => {
             let message = format!("{} of {wanted} engines have loaded the model", engines.ready);
             Said::no(Reason::EngineLoading, message)
         }

@@ -78,4 +78,40 @@ pub struct ExitReport {
     pub reason: ExitReason,
     /// One sentence with the figures and the remedy.
     pub message: String,
+    /// The figures, where memory was the reason.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<MemoryReport>,
+}
+
+/// Memory as it was when there was not enough of it, in bytes: the card's, or the process's on a CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MemoryReport {
+    /// What the process held, and what it was refused on top: it needs at least so much.
+    pub needed_bytes: u64,
+    /// What there was for it.
+    pub available_bytes: u64,
+}
+
+impl ExitReport {
+    /// A report without figures.
+    pub fn new(reason: ExitReason, message: impl Into<String>) -> ExitReport {
+        ExitReport { reason, message: message.into(), memory: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_read_where_they_are_and_not_missed_where_an_older_engine_has_none() {
+        let read = |text: &str| serde_json::from_str::<ExitReport>(text).unwrap();
+        let old = read(r#"{"reason":"DoesNotFit","message":"m"}"#);
+        assert_eq!(old, ExitReport::new(ExitReason::DoesNotFit, "m"));
+        let told = r#"{"reason":"DoesNotFit","message":"m","memory":{"neededBytes":3,"availableBytes":2}}"#;
+        let memory = MemoryReport { needed_bytes: 3, available_bytes: 2 };
+        assert_eq!(read(told), ExitReport { memory: Some(memory), ..old });
+        assert_eq!(serde_json::to_string(&read(told)).unwrap(), told);
+    }
 }

@@ -99,9 +99,19 @@ pub mod operator {
     pub const CONDITION: &str = "plimsoll_llmdeployment_condition";
     /// By `part`: weights, kv, workspace, process; what the plan counts on, in bytes of one pod.
     pub const PLAN_MEMORY_BYTES: &str = "plimsoll_llmdeployment_plan_memory_bytes";
+    /// The values of the plan that runs, as labels; always 1.
+    pub const PLAN_INFO: &str = "plimsoll_llmdeployment_plan_info";
+    /// By `kind`: predicted, the plan's sum; measured, the most that an engine of it has held.
+    pub const MEMORY_BYTES: &str = "plimsoll_llmdeployment_memory_bytes";
     /// By `pod`: how often its containers ended and were started anew.
     pub const ENGINE_RESTARTS: &str = "plimsoll_llmdeployment_engine_restarts_total";
 }
+
+/// By `kind`: the most that the process held of the host's memory, and on a GPU of the card's. What a plan is held against.
+pub const PEAK_MEMORY_BYTES: &str = "plimsoll_peak_memory_bytes";
+/// Values of the label `kind` of [`PEAK_MEMORY_BYTES`].
+pub const KIND_PROCESS: &str = "process";
+pub const KIND_DEVICE: &str = "device";
 
 // Bucket bounds are those of the aliases' first owner, so that quantiles compare.
 

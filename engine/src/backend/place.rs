@@ -30,10 +30,9 @@ impl Place {
         }
         match (Device::open(0), wanted) {
             (Ok(device), _) => Ok(Place::Cuda(Arc::new(device))),
-            (Err(error), DeviceArg::Cuda) => Err(ExitReport {
-                reason: ExitReason::DeviceLost,
-                message: format!("--device cuda: {error}"),
-            }),
+            (Err(error), DeviceArg::Cuda) => {
+                Err(ExitReport::new(ExitReason::DeviceLost, format!("--device cuda: {error}")))
+            }
             (Err(none @ DeviceError::NoDriver), _) => {
                 tracing::debug!(%none, "computing on the CPU");
                 Ok(Place::Cpu)
@@ -76,9 +75,9 @@ impl Place {
             Backend::Cpu => ("CPU", "choose f32 or f16"),
             Backend::Cuda => ("GPU", "choose bf16, or --device cpu"),
         };
-        Err(ExitReport {
-            reason: ExitReason::UnsupportedModel,
-            message: format!("--dtype {} does not run on the {name}; {remedy}", dtype.name()),
-        })
+        Err(ExitReport::new(
+            ExitReason::UnsupportedModel,
+            format!("--dtype {} does not run on the {name}; {remedy}", dtype.name()),
+        ))
     }
 }

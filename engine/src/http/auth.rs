@@ -28,7 +28,7 @@ pub enum KeysError {
 impl KeysError {
     /// Whoever wrote the file, or forgot to, must act.
     pub fn report(&self) -> ExitReport {
-        ExitReport { reason: ExitReason::ApiKeysUnusable, message: self.to_string() }
+        ExitReport::new(ExitReason::ApiKeysUnusable, self.to_string())
     }
 }
 

@@ -128,3 +128,15 @@ fn the_older_kind_of_group_is_read_too() {
     ];
     assert_eq!(available("v1", &files), Some(1_500_000));
 }
+
+#[test]
+fn the_peak_leaves_out_files_that_are_only_mapped() {
+    let root = std::env::temp_dir().join(format!("plimsoll-peak-{}", std::process::id()));
+    fs::create_dir_all(root.join("proc/self")).unwrap();
+    let status = "Name:\tengine\nVmHWM:\t    3072 kB\nVmRSS:\t    2048 kB\nRssFile:\t    1024 kB\n";
+    fs::write(root.join("proc/self/status"), status).unwrap();
+    assert_eq!(peak_bytes(&root), Some(2 << 20));
+    fs::write(root.join("proc/self/status"), "Name:\tengine\n").unwrap();
+    assert_eq!(peak_bytes(&root), None);
+    fs::remove_dir_all(root).unwrap();
+}

@@ -1,6 +1,7 @@
 //! The text that `/metrics` shows.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
 
@@ -189,6 +190,27 @@ fn the_device_shows_its_name_driver_and_memory_and_a_cpu_only_itself() {
     metrics.device_is(None);
     let text = metrics.render();
     assert!(text.contains(r#"device="CPU""#) && !text.contains("device_memory_bytes"), "{text}");
+}
+
+#[test]
+fn the_peak_of_memory_is_shown_and_never_falls() {
+    let metrics = all();
+    let peak = |kind: &str| {
+        let text = metrics.render();
+        let line = text.lines().find(|line| {
+            line.starts_with("plimsoll_peak_memory_bytes")
+                && line.contains(&format!(r#"kind="{kind}""#))
+        });
+        line.map(|line| line.rsplit(' ').next().expect("a value").parse::<f64>().expect("a number"))
+    };
+    assert!(peak("process").expect("this process holds some") > 1e6);
+    assert_eq!(peak("device"), None, "a CPU has no card");
+    let held = Arc::new(AtomicU64::new(7 << 30));
+    let now = held.clone();
+    metrics.device_memory_is(move || Some(now.load(Ordering::Relaxed)));
+    assert_eq!(peak("device"), Some(7.0 * f64::from(1 << 30)));
+    held.store(1, Ordering::Relaxed);
+    assert_eq!(peak("device"), Some(7.0 * f64::from(1 << 30)));
 }
 
 /// A series with its labels in one order.

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use plimsoll_contract::exit::{ExitReason, ExitReport};
+use plimsoll_contract::exit::{ExitReason, ExitReport, MemoryReport};
 
 use plimsoll_kernels::device::DeviceError;
 
@@ -35,7 +35,13 @@ pub enum LoadError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error("the system refused {bytes} bytes for {purpose}: {source}")]
-    OutOfDeviceMemory { purpose: &'static str, bytes: u64, source: std::io::Error },
+    OutOfDeviceMemory {
+        purpose: &'static str,
+        bytes: u64,
+        /// What the card had left at that moment; None on a CPU.
+        left: Option<u64>,
+        source: std::io::Error,
+    },
 }
 
 fn tensor_part(tensor: &Option<String>) -> String {
@@ -59,6 +65,11 @@ impl LoadError {
 
     /// What goes into the termination message.
     pub fn report(&self) -> ExitReport {
-        ExitReport { reason: self.exit_reason(), message: self.to_string() }
+        let mut report = ExitReport::new(self.exit_reason(), self.to_string());
+        if let LoadError::DoesNotFit(DoesNotFit { plan, available, .. }) = self {
+            let needed_bytes = plan.total();
+            report.memory = Some(MemoryReport { needed_bytes, available_bytes: *available });
+        }
+        report
     }
 }

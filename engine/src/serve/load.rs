@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use plimsoll_contract::abilities::{Ability, Backend as Kind, PAGE_TOKENS};
-use plimsoll_contract::exit::{ExitReason, ExitReport};
+use plimsoll_contract::exit::{ExitReason, ExitReport, MemoryReport};
 use plimsoll_contract::facts::{Gpu, ModelFacts};
 use plimsoll_contract::memory::{MemoryPlan, StepLimits};
 
@@ -43,7 +43,13 @@ pub fn load(
     let place = Place::choose(args.device)?;
     let ability = place.ability(args.dtype.map(Into::into))?;
     let step = step_limits(args, ability.backend);
-    let plan = plan(args, facts, &place, ability, step, context_tokens)?;
+    let left_at_start = left_bytes(&place);
+    let available = args.memory_bytes.or(left_at_start).ok_or_else(|| {
+        internal("the system does not say how much memory there is; give --memory-bytes")
+    })?;
+    let plan =
+        memory::fit(facts, ability, step, args.kv_tokens, available, u64::from(context_tokens))
+            .map_err(|error| LoadError::DoesNotFit(error).report())?;
     let kv_pages = vec![kv_pages(&plan)];
     tracing::info!(
         weights = memory::gib(plan.weights),
@@ -72,7 +78,7 @@ pub fn load(
         let backend = backend(&place, &checkpoint, ability, cuda, &mut layers);
         (backend, tokenizer.join())
     });
-    let backend = backend.map_err(report)?;
+    let backend = backend.map_err(|error| with_figures(&error, left_at_start, available))?;
     let tokenizer = tokenizer
         .map_err(|_| internal("the tokenizer's thread panicked"))?
         .map_err(|error| tokenizer_report(&error))?;
@@ -83,6 +89,14 @@ pub fn load(
     let metrics = Metrics::new(&app.name, context_tokens);
     let gpu = gpu(&place);
     metrics.device_is(gpu.as_ref());
+    if let (Place::Cuda(device), Some(at_start)) = (&place, left_at_start) {
+        let device = device.clone();
+        metrics.device_memory_is(move || {
+            device.bind().ok()?;
+            let (free, _) = device.memory().ok()?;
+            Some(at_start.saturating_sub(free as u64))
+        });
+    }
     let limits = Limits {
         running_max: step.running_max as usize,
         waiting_max: args.waiting_max as usize,
@@ -133,13 +147,13 @@ fn gpu(place: &Place) -> Option<Gpu> {
 /// What was asked for, or what the model was trained for.
 fn context_tokens(args: &ServeArgs, facts: &ModelFacts) -> Result<u32, ExitReport> {
     match args.context_tokens {
-        Some(asked) if asked > facts.context_tokens => Err(ExitReport {
-            reason: ExitReason::UnsupportedModel,
-            message: format!(
+        Some(asked) if asked > facts.context_tokens => Err(ExitReport::new(
+            ExitReason::UnsupportedModel,
+            format!(
                 "--context-tokens {asked} is more than the {} tokens this model was trained for; lower it",
                 facts.context_tokens
             ),
-        }),
+        )),
         Some(asked) => Ok(asked),
         None => Ok(facts.context_tokens),
     }
@@ -190,24 +204,33 @@ fn backend(
     }
 }
 
-fn plan(
-    args: &ServeArgs,
-    facts: &ModelFacts,
-    place: &Place,
-    ability: Ability,
-    step: StepLimits,
-    context_tokens: u32,
-) -> Result<MemoryPlan, ExitReport> {
-    let system = || match place {
+/// What the card has left, or what the system says of the host.
+fn left_bytes(place: &Place) -> Option<u64> {
+    match place {
         Place::Cpu => memory::available_bytes("/".as_ref()),
         Place::Cuda(device) => device.memory().ok().map(|(free, _)| free as u64),
-    };
-    let available = args.memory_bytes.or_else(system).ok_or_else(|| {
-        internal("the system does not say how much memory there is; give --memory-bytes")
-    })?;
-    let context_tokens = u64::from(context_tokens);
-    memory::fit(facts, ability, step, args.kv_tokens, available, context_tokens)
-        .map_err(|error| LoadError::DoesNotFit(error).report())
+    }
+}
+
+/// The report of a load that failed, with what had been taken by then where memory was refused. On a card that is what
+/// became less since the start; on a CPU the most that was resident.
+fn with_figures(error: &LoadError, left_at_start: Option<u64>, available: u64) -> ExitReport {
+    let mut report = error.report();
+    if let LoadError::OutOfDeviceMemory { bytes, left, .. } = error {
+        let held = match (left_at_start, left) {
+            (Some(at_start), Some(left)) => at_start.saturating_sub(*left),
+            _ => memory::peak_bytes("/".as_ref()).unwrap_or(0),
+        };
+        let needed_bytes = held.saturating_add(*bytes);
+        report.message = format!(
+            "{}; it held {} of the {} that there were",
+            report.message,
+            memory::gib(held),
+            memory::gib(available)
+        );
+        report.memory = Some(MemoryReport { needed_bytes, available_bytes: available });
+    }
+    report
 }
 
 fn kv_pages(plan: &MemoryPlan) -> u32 {
@@ -229,7 +252,7 @@ fn tokenizer_report(error: &TokenizerError) -> ExitReport {
         }
         TokenizerError::Malformed { .. } | TokenizerError::Encode(_) => ExitReason::CorruptWeights,
     };
-    ExitReport { reason, message: error.to_string() }
+    ExitReport::new(reason, error.to_string())
 }
 
 /// A token without an embedding row would be a read beyond the matrix.
@@ -238,12 +261,46 @@ fn check_vocabulary(tokenizer: &Tokenizer, facts: &ModelFacts) -> Result<(), Exi
     if ids <= facts.vocabulary as usize {
         return Ok(());
     }
-    Err(ExitReport {
-        reason: ExitReason::CorruptWeights,
-        message: format!(
+    Err(ExitReport::new(
+        ExitReason::CorruptWeights,
+        format!(
             "tokenizer.json has ids up to {}, but the model's vocabulary has {} rows; the files belong to different models",
             ids - 1,
             facts.vocabulary
         ),
-    })
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use plimsoll_kernels::device::DeviceError;
+
+    use super::*;
+
+    fn refused(left: Option<u64>) -> LoadError {
+        let source = std::io::Error::other("the card's memory is full");
+        LoadError::OutOfDeviceMemory { purpose: "KV pages", bytes: 5 << 30, left, source }
+    }
+
+    #[test]
+    fn a_card_that_is_full_is_reported_with_what_was_held_and_wanted() {
+        let report = with_figures(&refused(Some(3 << 30)), Some(20 << 30), 20 << 30);
+        let memory = MemoryReport { needed_bytes: 22 << 30, available_bytes: 20 << 30 };
+        assert_eq!(report.memory, Some(memory), "17 GiB were held by then");
+        assert_eq!(report.reason, ExitReason::OutOfDeviceMemory);
+        assert!(report.message.ends_with("it held 17.00 GiB of the 20.00 GiB that there were"));
+        // What was said to be there does not hide what the card had.
+        let report = with_figures(&refused(Some(3 << 30)), Some(20 << 30), 19 << 30);
+        let memory = MemoryReport { needed_bytes: 22 << 30, available_bytes: 19 << 30 };
+        assert_eq!(report.memory, Some(memory));
+    }
+
+    #[test]
+    fn on_a_cpu_the_most_that_was_resident_counts() {
+        let report = with_figures(&refused(None), Some(20 << 30), 20 << 30);
+        let memory = report.memory.unwrap();
+        assert!(memory.needed_bytes > 5 << 30 && memory.needed_bytes < 8 << 30, "{memory:?}");
+        let other = with_figures(&LoadError::Device(DeviceError::NoResult), None, 1);
+        assert_eq!((other.reason, other.memory), (ExitReason::DeviceLost, None));
+    }
 }

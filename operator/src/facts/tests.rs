@@ -67,8 +67,7 @@ fn a_failed_job_speaks_in_the_engines_words_and_says_whether_to_try_again() {
         }
     }
     let wordless = at_start(&seen(job(Some("Failed")), ended("Segmentation fault")), false);
-    let expected =
-        ExitReport { reason: ExitReason::Internal, message: "ran out of attempts".to_owned() };
+    let expected = ExitReport::new(ExitReason::Internal, "ran out of attempts");
     assert_eq!(wordless, Model::Failed { report: expected, retry: true });
 }
 

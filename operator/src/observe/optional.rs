@@ -146,12 +146,17 @@ where
                     Event::Init | Event::InitApply(_) => {}
                 }
             }
-            // A definition is seen before its kind is served; until then the watch is opened again and again.
-            Some(Err(error)) if !self.served.load(Ordering::Acquire) => {
+            Some(Err(error)) if is_unknown(&error) => {
                 tracing::debug!(%error, "a kind is not served yet");
             }
             Some(Err(error)) => self.pending.push_back(Err(error)),
             None => self.objects = None,
         }
     }
+}
+
+/// A definition is seen before its kind is served; until then the watch is opened again and again.
+fn is_unknown(error: &watcher::Error) -> bool {
+    let watcher::Error::InitialListFailed(kube::Error::Api(status)) = error else { return false };
+    status.code == 404
 }

@@ -7,7 +7,7 @@ use std::fmt;
 use plimsoll_contract::abilities::{ABILITIES, Ability, Backend};
 
 use super::cards::{Card, Gpus, PRODUCT_LABEL};
-use super::{NodeResources, OpenTo, explain};
+use super::{CPU_CLASS, NodeResources, OpenTo, explain};
 use crate::spec::Spec;
 
 /// Part of the largest node's CPU that a pod requests where the spec names none: three neighbours fit beside it.
@@ -143,7 +143,7 @@ fn cpu_machine(spec: &Spec, nodes: &[NodeResources]) -> Option<Machine> {
     let open = nodes.iter().filter(|node| node.open_to == OpenTo::All);
     let best = roomiest(spec, open.clone())?;
     let nodes = open.count() as u64;
-    Some(Machine { class: "cpu".to_owned(), best: best.clone(), nodes, card: None })
+    Some(Machine { class: CPU_CLASS.to_owned(), best: best.clone(), nodes, card: None })
 }
 
 /// The node with the most memory left among those with enough CPU; with too little CPU everywhere, the one with the most, so

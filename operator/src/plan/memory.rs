@@ -65,11 +65,16 @@ pub fn fit(
     let running_max = spec.workload.concurrency.unwrap_or(running_usual);
     let limits = StepLimits { step_tokens_max, running_max };
     let need = Need::of(spec, facts);
-    let fixed = memory::plan(facts, ability, limits, 0).total();
+    let sum = |tokens: u64| {
+        let mut memory = memory::plan(facts, ability, limits, tokens);
+        memory.process += unplanned_bytes(spec, candidate);
+        memory
+    };
+    let fixed = sum(0).total();
     let page = memory::kv_bytes(facts, ability, u64::from(PAGE_TOKENS)).max(1);
     let room = |bytes: u64| (bytes.saturating_sub(fixed) / page) * u64::from(PAGE_TOKENS);
 
-    let least = memory::plan(facts, ability, limits, need.least);
+    let least = sum(need.least);
     if least.total() > capacity {
         return Err((Reason::DoesNotFit, explain::does_not_fit(spec, candidate, &least)));
     }
@@ -97,7 +102,7 @@ pub fn fit(
             wanted.min(room(capacity)).max(need.least)
         }
     };
-    let memory = memory::plan(facts, ability, limits, tokens);
+    let memory = sum(tokens);
     let context = need.context_wanted.min(memory.kv_tokens);
     Ok(Fitted {
         memory,
@@ -105,6 +110,12 @@ pub fn fit(
         context_tokens: u32::try_from(context).expect("no longer than what was wanted"),
         demanded_tokens: in_pages(need.demanded),
     })
+}
+
+/// What engines on such a machine were found to need beside the sum.
+fn unplanned_bytes(spec: &Spec, candidate: &Candidate) -> u64 {
+    let here = spec.unplanned.as_ref().filter(|found| found.class == candidate.machine.class);
+    here.map_or(0, |found| found.bytes)
 }
 
 fn refuse_what_memory_cannot_mend(

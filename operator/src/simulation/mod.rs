@@ -28,7 +28,7 @@ use tokio::sync::{Mutex, watch};
 use crate::desired::Settings;
 use crate::metrics::Metrics;
 use crate::observe;
-use crate::reconcile::Context;
+use crate::reconcile::{Considered, Context};
 use crate::run;
 use world::World;
 
@@ -119,6 +119,8 @@ fn live(world: &Arc<World>, settings: Settings, story: impl AsyncFnOnce()) -> En
             sharing: Mutex::new(()),
             settings,
             clock: Arc::new(move || clock.clock()),
+            considered: Considered::default(),
+            measurements: Arc::default(),
         });
         let (_stop, stopped) = watch::channel(false);
         tokio::select! {

@@ -12,6 +12,8 @@ use super::*;
 const SEEDS: u64 = 60;
 /// Acts of one world.
 const ACTS_MAX: u64 = 6;
+/// More than a watch or a reconcile that has failed often waits before it tries again.
+const BACK_OFF_SECONDS_MAX: u32 = 150;
 /// The operator's clock is off by up to this.
 const SKEW_SECONDS_MAX: u64 = 7_200;
 
@@ -61,6 +63,7 @@ fn one_world(seed: u64) -> (usize, u64) {
             wait(&world, 20).await;
             world.set_faults(None);
             world.end_never();
+            wait(&world, BACK_OFF_SECONDS_MAX).await;
             rest(&world).await;
         });
         if ended == Ended::Told {

@@ -48,8 +48,9 @@ fn pod(play: &Play) -> Arc<Pod> {
     Arc::new(serde_json::from_value(body).unwrap())
 }
 
-fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentStatus {
-    let found = Findings {
+/// An object of one replica that was planned, and of which nothing was seen.
+fn nothing() -> Findings<'static> {
+    Findings {
         namespace: "team",
         name: "assistant",
         generation: Some(3),
@@ -57,14 +58,21 @@ fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentS
         model: Some(Said::yes(Reason::ModelFound, "llama")),
         facts: None,
         planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
-        revision: Some(revision),
+        revision: None,
         revision_is_current: true,
         rollout: None,
+        offered: None,
+        exhausted: None,
+        measured: None,
         suspended: false,
-        replicas,
-        pods,
+        replicas: 1,
+        pods: &[],
         deployment: None,
-    };
+    }
+}
+
+fn told(revision: &Revision, replicas: u32, pods: &[Arc<Pod>]) -> LLMDeploymentStatus {
+    let found = Findings { revision: Some(revision), replicas, pods, ..nothing() };
     compute(&found, None, &Time(Timestamp::UNIX_EPOCH))
 }
 
@@ -135,6 +143,80 @@ fn stalled_stands_only_where_a_person_must_act() {
     assert_eq!(held(&passing, "Reconciling"), Some(("True", "DeviceLost")));
 }
 
+fn first(found: &Findings<'_>) -> LLMDeploymentStatus {
+    compute(found, None, &Time(Timestamp::UNIX_EPOCH))
+}
+
+#[test]
+fn what_ran_out_of_memory_twice_is_stalled_with_both_figures() {
+    let revision = revision();
+    let figures = "an engine needed 4 GiB where 3 were planned; planned anew, it needed 5";
+    let ended = [play("new", true, false, Some("OutOfDeviceMemory"))];
+    let seen = || Findings { revision: Some(&revision), pods: &ended, ..nothing() };
+    let (once, twice) = (seen(), Findings { exhausted: Some(figures), ..seen() });
+    assert_eq!(held(&first(&once), "Reconciling"), Some(("True", "OutOfDeviceMemory")));
+    let status = first(&twice);
+    assert_eq!(held(&status, "Stalled"), Some(("True", "OutOfMemoryAgain")));
+    assert_eq!(held(&status, "EngineLoaded"), Some(("False", "OutOfMemoryAgain")));
+    let ready = status.conditions.iter().find(|held| held.type_ == "Ready").unwrap();
+    assert!(ready.message.contains(figures), "{}", ready.message);
+    // An engine that answers again is no matter for anybody.
+    let answers = [play("new", true, true, Some("OutOfDeviceMemory"))];
+    let up = first(&Findings { pods: &answers, ..twice });
+    assert_eq!(held(&up, "Ready"), Some(("True", "Serving")));
+    assert_eq!(held(&up, "Stalled"), None);
+}
+
+/// kserve#3973: GitOps tools showed "progressing" for ever.
+#[test]
+fn kserve_3973_what_waits_for_a_person_is_stalled_and_what_ran_before_stays_available() {
+    let revision = revision();
+    let waits = Said::no(Reason::PlanNotPinned, "waits for spec.plan.pinnedHash: 5f2c81d0");
+    let pods = [play("new", true, true, None)];
+    let status = first(&Findings {
+        planned: Some(waits),
+        revision: Some(&revision),
+        revision_is_current: false,
+        pods: &pods,
+        ..nothing()
+    });
+    assert_eq!(held(&status, "Stalled"), Some(("True", "PlanNotPinned")));
+    assert_eq!(held(&status, "Reconciling"), None);
+    assert_eq!(held(&status, "Planned"), Some(("False", "PlanNotPinned")));
+    assert_eq!(held(&status, "Available"), Some(("True", "Serving")));
+}
+
+#[test]
+fn what_waits_is_the_plan_while_nothing_runs_and_an_offer_beside_what_does() {
+    let runs = revision();
+    let mut waiting = revision();
+    waiting.name = "assistant-waits".to_owned();
+    waiting.content.plan.hash = "w".to_owned();
+    let alone = first(&Findings { offered: Some(&waiting), ..nothing() });
+    assert_eq!((alone.plan.unwrap().hash.as_str(), alone.offered), ("w", None));
+    let beside = Findings { revision: Some(&runs), offered: Some(&waiting), ..nothing() };
+    let beside = first(&beside);
+    assert_eq!(beside.plan.unwrap().hash, "p");
+    let offered = beside.offered.unwrap();
+    assert_eq!((offered.hash.as_str(), offered.revision.as_str()), ("w", "assistant-waits"));
+}
+
+#[test]
+fn what_was_measured_stands_as_long_as_its_revision() {
+    let runs = revision();
+    let measured = MeasuredStatus { peak_memory_bytes: Some(7), ..MeasuredStatus::default() };
+    let found = Findings { revision: Some(&runs), measured: Some(measured), ..nothing() };
+    let before = first(&found);
+    assert_eq!(before.measured, Some(measured));
+    let after = |name: &str| {
+        let standing = Revision { name: name.to_owned(), ..runs.clone() };
+        let found = Findings { revision: Some(&standing), ..nothing() };
+        compute(&found, Some(&before), &Time(Timestamp::UNIX_EPOCH)).measured
+    };
+    assert_eq!(after("assistant-new"), Some(measured), "an operator that starts has no news");
+    assert_eq!(after("assistant-other"), None);
+}
+
 #[test]
 fn available_counts_pods_of_every_revision_and_replicas_only_the_current_one() {
     let revision = revision();
@@ -161,22 +243,7 @@ fn a_condition_keeps_its_time_until_its_status_turns() {
     let first = told(&revision, 1, &pods);
     let found = |pods: &[Arc<Pod>], before: &LLMDeploymentStatus| {
         let later = Time(Timestamp::from_second(60).unwrap());
-        let found = Findings {
-            namespace: "team",
-            name: "assistant",
-            generation: Some(4),
-            trouble: None,
-            model: Some(Said::yes(Reason::ModelFound, "llama")),
-            facts: None,
-            planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
-            revision: Some(&revision),
-            revision_is_current: true,
-            rollout: None,
-            suspended: false,
-            replicas: 1,
-            pods,
-            deployment: None,
-        };
+        let found = Findings { generation: Some(4), revision: Some(&revision), pods, ..nothing() };
         compute(&found, Some(before), &later)
     };
     let second = found(&pods, &first);

@@ -5,6 +5,7 @@
 
 mod figures;
 mod gitops;
+mod lifecycle;
 mod monitoring;
 mod world;
 
@@ -387,10 +388,13 @@ async fn a_node_with_a_labelled_gpu_gets_the_pod_and_one_without_labels_is_named
     let why = &unusable.unwrap().why;
     assert!(why.starts_with("gpu-0: ") && why.contains("install GPU feature discovery"), "{why}");
 
-    // What runs is left alone when the label comes; the next spec is planned with it.
+    // What runs is left alone when the label comes, and the GPU is offered; the next spec is planned with it.
     world.label_node("gpu-0", json!({"nvidia.com/gpu.memory": "143771"})).await;
+    world.status("assistant", "an offer", |status| status.offered.clone()).await;
     let at_rest = world.requests_during(QUIET).await;
     assert!(at_rest.is_empty(), "{at_rest:#?}");
+    let plan = world.status("assistant", "a plan", |status| status.plan.clone()).await;
+    assert_eq!(plan.accelerator, "cpu");
     let taint = json!([{"key": "team", "operator": "Exists"}]);
     let overlay = json!({"spec": {"podTemplate": {"spec": {"tolerations": taint}}}});
     world.merge::<LLMDeployment>("assistant", overlay).await;

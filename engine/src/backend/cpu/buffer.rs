@@ -19,8 +19,12 @@ impl<C: Cell> Buffer<C> {
     /// `len` zeros.
     pub fn zeroed(len: usize, purpose: &'static str) -> Result<Buffer<C>, LoadError> {
         let bytes = len.saturating_mul(size_of::<C>());
-        let refused =
-            |source| LoadError::OutOfDeviceMemory { purpose, bytes: bytes as u64, source };
+        let refused = |source| LoadError::OutOfDeviceMemory {
+            purpose,
+            bytes: bytes as u64,
+            left: None,
+            source,
+        };
         // An empty mapping is refused, and one byte is less than anything real.
         let map = MmapMut::map_anon(bytes.max(1)).map_err(refused)?;
         Ok(Buffer { map, len, cells: PhantomData })

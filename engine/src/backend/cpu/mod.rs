@@ -83,6 +83,7 @@ impl CpuBackend {
             .map_err(|e| LoadError::OutOfDeviceMemory {
                 purpose: "compute threads",
                 bytes: 0,
+                left: None,
                 source: std::io::Error::other(e),
             })?;
         let loaded = load::load(checkpoint, dtype, shard, &threads, progress)?;

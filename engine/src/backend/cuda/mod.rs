@@ -157,9 +157,10 @@ const PADDING: Row = Row { token: 0, slot: 0, position: -1, sample: 0 };
 
 pub(crate) fn device_error(error: DeviceError) -> LoadError {
     match error {
-        DeviceError::OutOfMemory { purpose, bytes } => LoadError::OutOfDeviceMemory {
+        DeviceError::OutOfMemory { purpose, bytes, left } => LoadError::OutOfDeviceMemory {
             purpose,
             bytes: bytes as u64,
+            left: Some(left as u64),
             source: std::io::Error::other("the card's memory is full"),
         },
         other => LoadError::Device(other),
