@@ -13,13 +13,15 @@ mod status;
 pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
-    AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment, LLMDeploymentSpec,
-    Model, Network, OperatorUpgrade, PlanApply, PlanPolicy, Resources, Rollout, RolloutStrategy,
-    SecretKey, Storage, Workload,
+    Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
+    LLMDeploymentSpec, Model, Network, Objective, OperatorUpgrade, PlanApply, PlanPolicy, Quality,
+    QuantizationChoice, Resources, Rollout, RolloutStrategy, SecretKey, Slo, Storage,
+    StrategyChoice, Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
-    PlanCause, PlanChange, PlanStatus, RejectedStatus, RolloutState, RolloutStatus,
+    PlanCause, PlanChange, PlanStatus, PredictedStatus, RejectedStatus, RolloutState,
+    RolloutStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.

@@ -96,6 +96,7 @@ pub enum Reason {
     ImagePullFailed,
     EngineCrashLooping,
     DoesNotFit,
+    SloUnattainable,
     OutOfDeviceMemory,
     OutOfMemoryAgain,
     ModelNotFound,
@@ -138,6 +139,7 @@ impl Reason {
         Reason::ImagePullFailed,
         Reason::EngineCrashLooping,
         Reason::DoesNotFit,
+        Reason::SloUnattainable,
         Reason::OutOfDeviceMemory,
         Reason::OutOfMemoryAgain,
         Reason::ModelNotFound,
@@ -175,6 +177,7 @@ impl Reason {
             | Reason::PinnedPlanGone
             | Reason::DoesNotFit
             | Reason::OutOfMemoryAgain
+            | Reason::SloUnattainable
             | Reason::ModelNotFound
             | Reason::ModelUnauthorized
             | Reason::UnsupportedModel
@@ -350,8 +353,13 @@ impl Reason {
             ),
             Reason::DoesNotFit => (
                 "DoesNotFit",
-                "No plan fits into the memory there is; the message holds the sum.",
-                "Raise `spec.resources.memory`, use larger nodes or GPUs, or lower `spec.contextTokens`, `spec.cache.tokens` or `spec.workload`.",
+                "No plan fits into the memory, the GPUs and the quota there are; the message holds the sum.",
+                "Raise `spec.resources.memory` or `spec.accelerators.maxGPUs`, use larger nodes or GPUs, or lower `spec.contextTokens`, `spec.cache.tokens`, `spec.workload` or `spec.quality`.",
+            ),
+            Reason::SloUnattainable => (
+                "SloUnattainable",
+                "Every plan that fits would break `spec.slo` by prediction; the message holds the figures.",
+                "Raise `spec.slo`, lower `spec.workload.concurrency`, allow faster formats (`spec.quantization`, `spec.quality`), or add faster cards.",
             ),
             Reason::OutOfDeviceMemory => (
                 "OutOfDeviceMemory",

@@ -70,6 +70,34 @@ pub struct LLMDeploymentSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workload: Option<Workload>,
 
+    /// What the best plan is best at, among those that keep spec.slo: Latency (the least time per token), Throughput (the
+    /// most tokens per second of each GPU), Cost (the least money per token). Absent: the smallest card that carries the
+    /// workload, in its most exact type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub objective: Option<Objective>,
+
+    /// What the plan has to keep at the stated workload, by prediction. A plan that would break it is not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slo: Option<Slo>,
+
+    /// How weights are quantized. Auto takes what serves the objective within spec.quality, and what a checkpoint is
+    /// quantized in already. Absent: Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationChoice>,
+
+    /// The least bits that the planner may choose by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<Quality>,
+
+    /// GPUs that share one copy of the weights. Absent: chosen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16))]
+    pub tensor_parallel: Option<i32>,
+
+    /// Which accelerators may be used, and how many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accelerators: Option<Accelerators>,
+
     /// Longest sequence, prompt and answer together, in tokens. Absent: what the model was trained for, as far as
     /// memory allows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,8 +246,14 @@ pub struct Workload {
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Cache {
-    /// Type of keys and values: Auto, F32 or F16. Auto takes the most exact one whose plan carries the workload, and BF16
-    /// on a GPU; the other two run on CPUs only.
+    /// Auto takes pages as sequences grow (Dynamic). Static holds each sequence's longest length from the start,
+    /// SlidingWindow frees what left a layer's window, Offloaded keeps in the host's memory what a card does not hold. Only
+    /// Dynamic runs today.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<StrategyChoice>,
+
+    /// Type of keys and values. Auto takes the most exact one whose plan carries the workload, and BF16 on a GPU. F32 and
+    /// F16 run on CPUs, BF16 on GPUs; the others do not run yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dtype: Option<CacheDtype>,
 
@@ -241,6 +275,92 @@ pub enum CacheDtype {
     Auto,
     F32,
     F16,
+    BF16,
+    INT8,
+    FP8,
+    INT4,
+}
+
+/// How the cache grows and shrinks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum StrategyChoice {
+    Auto,
+    Dynamic,
+    Static,
+    SlidingWindow,
+    Offloaded,
+}
+
+/// What the best plan is best at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Objective {
+    Latency,
+    Throughput,
+    Cost,
+}
+
+/// Bounds of what a client waits for, at the stated workload.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Slo {
+    /// From the request to the first token of its answer, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3_600_000))]
+    pub ttft_milliseconds: Option<i64>,
+
+    /// Between two tokens of an answer, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3_600_000))]
+    pub tpot_milliseconds: Option<i64>,
+}
+
+/// How weights are quantized: bits of weights and of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum QuantizationChoice {
+    Auto,
+    None,
+    W4A16,
+    NF4,
+    #[serde(rename = "W8A16-INT8")]
+    W8A16Int8,
+    #[serde(rename = "W8A16-FP8")]
+    W8A16Fp8,
+    #[serde(rename = "W8A8-INT8")]
+    W8A8Int8,
+    #[serde(rename = "W8A8-FP8")]
+    W8A8Fp8,
+    W4A8,
+}
+
+/// The least bits that the planner may choose by itself. What spec.quantization or spec.cache.dtype names is taken at its
+/// word, and so is what a checkpoint is quantized in already.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Quality {
+    /// Of a weight. Absent: 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 4, max = 32))]
+    pub min_weight_bits: Option<i32>,
+
+    /// Of a key or value in the cache. Absent: 8.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 4, max = 32))]
+    pub min_kv_bits: Option<i32>,
+}
+
+/// Which accelerators may be used, and how many.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Accelerators {
+    /// Classes that may be used, for instance nvidia-h200, nvidia-l4 or cpu. Absent or empty: any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), inner(length(min = 1, max = 64)))]
+    pub classes: Vec<String>,
+
+    /// GPUs that all replicas together may hold. Absent: any number.
+    #[serde(default, skip_serializing_if = "Option::is_none", rename = "maxGPUs")]
+    #[schemars(range(min = 0, max = 16_000))]
+    pub max_gpus: Option<i32>,
 }
 
 /// The volume that an hf:// model is downloaded into: one claim per namespace, source and revision.

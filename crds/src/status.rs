@@ -171,6 +171,10 @@ pub struct PlanStatus {
     /// The sum that must fit, in bytes.
     pub memory_bytes: MemoryStatus,
 
+    /// What the plan is expected to do at the stated workload. Absent where no figures are known, as for CPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<PredictedStatus>,
+
     /// One sentence: why this plan.
     #[schemars(length(max = 1024))]
     pub why: String,
@@ -306,6 +310,32 @@ pub struct MemoryStatus {
     /// largest node, or spec.resources.memory.
     #[schemars(range(min = 0))]
     pub capacity: i64,
+}
+
+/// What one pod is expected to do at the stated workload; docs/planner.md has the formulae.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PredictedStatus {
+    /// From the request to the first token of its answer.
+    #[schemars(range(min = 0))]
+    pub ttft_microseconds: i64,
+
+    /// Between two tokens of an answer.
+    #[schemars(range(min = 0))]
+    pub tpot_microseconds: i64,
+
+    /// Output tokens of all requests together.
+    #[schemars(range(min = 0))]
+    pub tokens_per_second: i64,
+
+    /// Millionths of a US dollar for a million output tokens. Absent where the class has no price.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub microdollars_per_million_tokens: Option<i64>,
+
+    /// What the speeds rest on: Measured on this card, or Estimated from its data sheet and another card's measurements.
+    #[schemars(length(max = 16))]
+    pub basis: String,
 }
 
 /// A plan that was not taken.

@@ -98,7 +98,7 @@ pub struct ServeArgs {
 
 #[derive(Clone, Debug, Args)]
 pub struct InspectArgs {
-    /// Where the checkpoint lies: DIR or file:///DIR.
+    /// Where the checkpoint lies: DIR or file:///DIR; or a config.json, which tells all but the files.
     #[arg(value_name = "SOURCE", required_unless_present = "device")]
     pub source: Option<String>,
     /// Print what is known of this machine's GPU instead; without one that can be used, the reason.

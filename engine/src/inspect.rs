@@ -6,11 +6,16 @@ use std::path::PathBuf;
 use plimsoll_contract::facts::{DeviceFacts, FACTS_JSON_BYTES_MAX, Gpu, ModelFacts};
 use plimsoll_kernels::device::{Device, DeviceError};
 
-use crate::model::{Checkpoint, LoadError};
+use crate::model::{Checkpoint, Config, LoadError, Plan, facts_of};
 
-/// Facts of `DIR` or `file:///DIR`.
+/// Facts of `DIR` or `file:///DIR`; of a config.json alone what it tells, without weights, tokenizer and template.
 pub fn facts(source: &str) -> Result<ModelFacts, LoadError> {
-    Ok(Checkpoint::open(&directory(source)?)?.facts().clone())
+    let path = directory(source)?;
+    if path.extension().is_some_and(|extension| extension == "json") && !path.is_dir() {
+        let (config, quantization) = Config::read_alone(&path)?;
+        return Ok(ModelFacts { quantization, ..facts_of(&config, &Plan::new(&config)) });
+    }
+    Ok(Checkpoint::open(&path)?.facts().clone())
 }
 
 fn directory(source: &str) -> Result<PathBuf, LoadError> {
@@ -163,6 +168,38 @@ mod tests {
         let text = json(&facts);
         assert_eq!(serde_json::from_str::<ModelFacts>(&text).unwrap(), facts);
         assert!(text.len() < 1024, "{} bytes", text.len());
+    }
+
+    #[test]
+    fn a_config_alone_tells_all_that_is_not_of_files() {
+        for case in ["llama2-mha", "mistral-window", "qwen2-bias", "qwen2-window", "qwen3-qknorm"] {
+            let whole = facts(&golden(case)).unwrap();
+            let alone = facts(&format!("{}/config.json", golden(case))).unwrap();
+            let of_files = ModelFacts {
+                disk_bytes: whole.disk_bytes.clone(),
+                revision: whole.revision.clone(),
+                chat_template: whole.chat_template,
+                tokenizer_bytes: whole.tokenizer_bytes,
+                ..alone
+            };
+            assert_eq!(of_files, whole, "{case}");
+        }
+        let error = facts(&format!("{}/config-of-none.json", golden("qwen2-bias"))).unwrap_err();
+        assert!(error.to_string().contains("config-of-none.json"), "{error}");
+    }
+
+    #[test]
+    fn a_config_alone_of_quantized_weights_names_the_method() {
+        let text =
+            std::fs::read_to_string(format!("{}/config.json", golden("qwen2-bias"))).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config["quantization_config"] = serde_json::json!({"quant_method": "awq", "bits": 4});
+        let name = format!("plimsoll-config-{}.json", std::process::id());
+        let file = std::env::temp_dir().join(name);
+        std::fs::write(&file, config.to_string()).unwrap();
+        let found = facts(file.to_str().unwrap()).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!(found.quantization.as_deref(), Some("awq"));
     }
 
     #[test]

@@ -254,7 +254,7 @@ fn tokenizer(tokens: usize, merges: usize, pairs: bool) -> Value {
 #[test]
 fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
     let limits = StepLimits { step_tokens_max: 64, running_max: 1 };
-    let ability = Ability { backend: Backend::Cpu, weights: F32, kv: F32 };
+    let ability = Ability::plain(Backend::Cpu, F32);
     for (merges, pairs) in [(142_000, false), (280_147, false), (280_147, true)] {
         let dir = with_tokenizer(128_256, merges, pairs);
         let facts = Checkpoint::open(&dir).unwrap().facts().clone();

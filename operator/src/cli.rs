@@ -79,6 +79,19 @@ pub struct PlanArgs {
     /// CPUs to plan for, for instance 16 [default: those of this machine]
     #[arg(long, value_name = "QUANTITY")]
     pub node_cpu: Option<String>,
+    /// The model's config.json in place of its files: no weights are read [default: the files of spec.model.source]
+    #[arg(long, value_name = "FILE", conflicts_with = "facts")]
+    pub config: Option<PathBuf>,
+    /// Machines to plan for: GPUs of a class on one node, as nvidia-h200=8, or on several, as nvidia-h200=2x8; nodes without
+    /// GPUs, as cpu=4. Hosts have 256Gi and 32 CPUs, unless --node-memory and --node-cpu say otherwise [default: this machine]
+    #[arg(long, value_name = "CLASS=GPUS,…", value_delimiter = ',')]
+    pub nodes: Vec<String>,
+    /// A file of `CLASS: US dollars for an hour of one GPU`, in YAML or JSON [default: a dated list, docs/planner.md]
+    #[arg(long, value_name = "FILE")]
+    pub prices: Option<PathBuf>,
+    /// List every candidate in the table, in place of the best eight [default: off]
+    #[arg(long)]
+    pub all: bool,
     #[command(flatten)]
     pub local: LocalArgs,
 }

@@ -16,7 +16,7 @@ use crate::exhausted::{self, Learned};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::observe::Seen;
-use crate::plan::{self, Neighbours, Update};
+use crate::plan::{self, Neighbours, Overrun, Question, Quota, Scope, Update};
 use crate::reconcile::{Context, NEIGHBOURS_AGAIN, Pass};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{PlanPolicy, Spec};
@@ -237,7 +237,16 @@ async fn consider_better(
         return Ok(());
     };
     let nodes = plan::nodes(&case.seen.nodes, &Neighbours::default());
-    let feasible = plan::feasible(&with_learned(case.spec, learned.as_ref()), &facts, &nodes);
+    let overruns = overruns(learned.as_ref());
+    let feasible = plan::feasible(&Question {
+        spec: case.spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: Quota::default(),
+        overruns: &overruns,
+        prices: &case.context.prices,
+        scope: Scope::Runnable,
+    });
     let best = lifecycle::better(plan, &feasible);
     let offered = pass.offered.take();
     let still = |held: &Revision| match best {
@@ -271,8 +280,8 @@ async fn withdraw(case: &Case<'_>, standing: &Revision) -> Result<(), ApplyError
     }
 }
 
-fn with_learned(spec: &Spec, learned: Option<&Learned>) -> Spec {
-    Spec { unplanned: learned.map(Learned::unplanned), ..spec.clone() }
+fn overruns(learned: Option<&Learned>) -> Vec<Overrun> {
+    learned.map(Learned::overrun).into_iter().collect()
 }
 
 /// facts → plan → revision.
@@ -281,15 +290,14 @@ async fn replan(
     occasion: Occasion<'_>,
     pass: &mut Pass,
 ) -> Result<Outcome, ApplyError> {
-    let Case { identity, seen, context, .. } = *case;
-    let spec = with_learned(case.spec, occasion.learned.as_ref());
-    let key = facts::key(&spec);
+    let Case { spec, identity, seen, context, .. } = *case;
+    let key = facts::key(spec);
     // Cordoned nodes and those kept for others take no pods.
     let open = plan::nodes(&seen.nodes, &Neighbours::default()).len();
-    let (place, storage_note) = Place::choose(&spec, &key, open);
+    let (place, storage_note) = Place::choose(spec, &key, open);
     let note = storage_note.as_deref();
     let settings = &context.settings;
-    let wanted = Wanted { identity, spec: &spec, key: &key, place: &place, commit: None, settings };
+    let wanted = Wanted { identity, spec, key: &key, place: &place, commit: None, settings };
     let Some(facts) = learn(&wanted, note, context, pass).await? else {
         return Ok(Outcome::Unknown);
     };
@@ -297,8 +305,18 @@ async fn replan(
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
-    let outcome = plan::plan(&spec, &facts, &nodes);
-    let feasible = plan::feasible(&spec, &facts, &nodes);
+    let overruns = overruns(occasion.learned.as_ref());
+    let question = Question {
+        spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: neighbours.quota,
+        overruns: &overruns,
+        prices: &context.prices,
+        scope: Scope::Runnable,
+    };
+    let outcome = plan::choose(&question);
+    let feasible = plan::feasible(&question);
     let choice = match (occasion.cause, occasion.before) {
         (PlanCause::BetterPlan, Some(before)) => lifecycle::better(&before.content.plan, &feasible)
             .map(|plan| lifecycle::Choice { plan, waits: Some(Reason::PlanNotPinned) }),
@@ -308,13 +326,14 @@ async fn replan(
         if occasion.cause == PlanCause::SpecChanged {
             pass.facts = Some(facts);
         }
-        if occasion.cause != PlanCause::BetterPlan && !neighbours.asked.is_empty() {
+        let others = !neighbours.asked.is_empty() || neighbours.quota.gpus.is_some();
+        if occasion.cause != PlanCause::BetterPlan && others {
             pass.again = Some(NEIGHBOURS_AGAIN);
         }
         let refusal = outcome.refusal().map(|(reason, message)| Said::no(reason, message));
         return Ok(Outcome::Nothing(refusal));
     };
-    let made = Made { spec: &spec, key, facts: &facts, nodes: &nodes, outcome: &outcome, choice };
+    let made = Made { spec, key, facts: &facts, nodes: &nodes, outcome: &outcome, choice };
     freeze(case, occasion, made, place, storage_note).await
 }
 

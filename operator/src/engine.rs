@@ -48,7 +48,7 @@ impl Engine {
         Ok(Engine { program, termination_file: std::env::temp_dir().join(name) })
     }
 
-    /// What `inspect` finds out about a folder.
+    /// What `inspect` finds out about a folder, or about a config.json alone.
     pub fn inspect(&self, directory: &Path) -> anyhow::Result<ModelFacts> {
         let mut command = self.command();
         command.arg("inspect").arg(directory).arg("--json");

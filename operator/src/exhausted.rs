@@ -10,10 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::amount;
 use crate::desired::names;
 use crate::facts::containers;
-use crate::plan::{self, explain};
+use crate::plan::{self, Overrun, explain};
 use crate::pods;
 use crate::revision::Revision;
-use crate::spec::Unplanned;
 
 /// What one end for want of memory taught. A revision keeps it, so that it outlives the pod that told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,8 +29,8 @@ pub struct Learned {
 }
 
 impl Learned {
-    pub fn unplanned(&self) -> Unplanned {
-        Unplanned { class: self.class.clone(), bytes: self.unplanned_bytes }
+    pub fn overrun(&self) -> Overrun {
+        Overrun { class: self.class.clone(), bytes: self.unplanned_bytes }
     }
 
     /// Both figures in a sentence.

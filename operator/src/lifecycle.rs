@@ -89,10 +89,10 @@ pub fn better<'a>(running: &PlanStatus, feasible: &'a [Plan]) -> Option<&'a Plan
 /// The same way to run the model, with whatever amounts.
 pub fn alike(status: &PlanStatus, plan: &Plan) -> bool {
     let PlanStatus { quantization, dtype, cache, tensor_parallel, accelerator, .. } = status;
-    *quantization == plan.quantization
+    *quantization == plan.quantization.name()
         && dtype == explain::dtype(plan.dtype)
-        && cache.strategy == plan.cache.strategy
-        && cache.dtype == explain::dtype(plan.cache.dtype)
+        && cache.strategy == plan.cache.strategy.name()
+        && cache.dtype == explain::kv_dtype(plan.cache.dtype)
         && i64::from(*tensor_parallel) == i64::from(plan.tensor_parallel)
         && *accelerator == plan.accelerator
 }

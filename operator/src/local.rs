@@ -10,7 +10,8 @@ use plimsoll_contract::facts::{DeviceFacts, ModelFacts};
 use crate::cli::{LocalArgs, PlanArgs};
 use crate::engine::{self, Engine};
 use crate::plan::cards::{self, Card, Gpus};
-use crate::plan::{self, NodeResources, PlanOutcome};
+use crate::plan::what_if::Host;
+use crate::plan::{self, NodeResources, PlanOutcome, Prices, Question, Quota, Scope};
 use crate::spec::{Source, Spec};
 use crate::{amount, manifest, show};
 
@@ -59,7 +60,10 @@ const DRIVER: &str = "/proc/driver/nvidia/version";
 
 /// This machine as a node: its CPUs, the memory that is available or that its cgroup leaves, and its GPU.
 pub fn machine(engine: &Engine) -> anyhow::Result<NodeResources> {
-    Ok(NodeResources { gpus: gpus(engine), ..host()? })
+    let gpus = gpus(engine);
+    // The engine speaks of the first card alone.
+    let gpu_count = u32::from(matches!(gpus, Gpus::Card(_)));
+    Ok(NodeResources { gpus, gpu_count, ..host()? })
 }
 
 /// What the engine can use. Without a driver there is nothing to say; with one, somebody will wonder why the card is idle.
@@ -86,6 +90,8 @@ fn host() -> anyhow::Result<NodeResources> {
         pods_seen: plan::PodsSeen::All,
         cpu_millis: u32::try_from(cpus * 1000).unwrap_or(u32::MAX),
         gpus: Gpus::None,
+        gpu_count: 0,
+        asked_gpus: 0,
         open_to: plan::OpenTo::All,
     })
 }
@@ -106,8 +112,11 @@ fn cgroup_limit() -> Option<u64> {
 /// The plan for one machine that is no node: what the pod template selects means nothing here,
 /// and one process serves.
 pub fn plan_here(spec: &Spec, facts: &ModelFacts, machine: NodeResources) -> PlanOutcome {
-    let spec = Spec { pod_template: None, replicas: 1, ..spec.clone() };
-    plan::plan(&spec, facts, &[machine])
+    plan::plan(&here(spec), facts, &[machine])
+}
+
+fn here(spec: &Spec) -> Spec {
+    Spec { pod_template: None, replicas: 1, ..spec.clone() }
 }
 
 /// The verb `plan`.
@@ -120,10 +129,54 @@ pub fn print_plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {
             return Ok(engine::exit_code(&error));
         }
     };
-    let node = planned_machine(args)?;
-    let outcome = plan_here(&spec, &facts, node);
-    print!("{}", show::rendered(args.output, &spec, &facts, &outcome));
+    let prices = args.prices.as_deref().map_or_else(|| Ok(Prices::default()), prices)?;
+    let (spec, nodes, scope) = if args.nodes.is_empty() {
+        (here(&spec), vec![planned_machine(args)?], Scope::Runnable)
+    } else {
+        let nodes = plan::what_if::nodes(&args.nodes, planned_host(args)?)
+            .map_err(|error| anyhow::anyhow!("--nodes: {error}"))?;
+        (spec, nodes, Scope::Everything)
+    };
+    let outcome = plan::choose(&Question {
+        spec: &spec,
+        facts: &facts,
+        nodes: &nodes,
+        quota: Quota::default(),
+        overruns: &[],
+        prices: &prices,
+        scope,
+    });
+    let listed = if args.all { show::Listed::All } else { show::Listed::Best };
+    let paint = show::Paint::of(&std::io::stdout());
+    print!("{}", show::rendered(args.output, &spec, &facts, &outcome, paint, listed));
     Ok(exit_code(&outcome))
+}
+
+fn prices(file: &Path) -> anyhow::Result<Prices> {
+    let shown = file.display();
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {shown}"))?;
+    let given = serde_yaml_ng::from_str(&text).with_context(|| format!("{shown} is no YAML"))?;
+    Prices::overridden(&given).map_err(|error| anyhow::anyhow!("{shown}: {error}"))
+}
+
+fn planned_host(args: &PlanArgs) -> anyhow::Result<Host> {
+    let usual = Host::default();
+    Ok(Host {
+        memory_bytes: node_memory(args)?.unwrap_or(usual.memory_bytes),
+        cpu_millis: node_cpu(args)?.unwrap_or(usual.cpu_millis),
+    })
+}
+
+fn node_memory(args: &PlanArgs) -> anyhow::Result<Option<u64>> {
+    let Some(memory) = &args.node_memory else { return Ok(None) };
+    let bytes = amount::units(memory);
+    Ok(Some(bytes.context("--node-memory must be a quantity, for instance 64Gi")?))
+}
+
+fn node_cpu(args: &PlanArgs) -> anyhow::Result<Option<u32>> {
+    let Some(cpu) = &args.node_cpu else { return Ok(None) };
+    let millis = amount::millis(cpu).context("--node-cpu must be a quantity, for instance 16")?;
+    Ok(Some(u32::try_from(millis).unwrap_or(u32::MAX)))
 }
 
 fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
@@ -133,9 +186,12 @@ fn facts(spec: &Spec, args: &PlanArgs) -> anyhow::Result<ModelFacts> {
         return serde_json::from_slice(&text)
             .with_context(|| format!("{} holds no facts", file.display()));
     }
+    if let Some(config) = &args.config {
+        return Engine::find(args.local.engine.as_deref())?.inspect(config);
+    }
     if let Source::Claim { name, .. } = &spec.source {
         bail!(
-            "the model lies in the PersistentVolumeClaim {name}, out of reach from here: give --facts FILE, as `plimsoll-engine inspect --json` prints it"
+            "the model lies in the PersistentVolumeClaim {name}, out of reach from here: give --config FILE, its config.json, or --facts FILE, as `plimsoll-engine inspect --json` prints it"
         );
     }
     let engine = Engine::find(args.local.engine.as_deref())?;
@@ -153,15 +209,8 @@ fn planned_machine(args: &PlanArgs) -> anyhow::Result<NodeResources> {
     if other {
         node.name = "the machine asked for".to_owned();
     }
-    if let Some(memory) = &args.node_memory {
-        node.memory_bytes =
-            amount::units(memory).context("--node-memory must be a quantity, for instance 64Gi")?;
-    }
-    if let Some(cpu) = &args.node_cpu {
-        let millis =
-            amount::millis(cpu).context("--node-cpu must be a quantity, for instance 16")?;
-        node.cpu_millis = u32::try_from(millis).unwrap_or(u32::MAX);
-    }
+    node.memory_bytes = node_memory(args)?.unwrap_or(node.memory_bytes);
+    node.cpu_millis = node_cpu(args)?.unwrap_or(node.cpu_millis);
     Ok(node)
 }
 

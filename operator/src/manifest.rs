@@ -147,7 +147,7 @@ mod tests {
             "spec.model.sorce is unknown; there are",
             "spec.model.source is required",
             "spec.replicas must be an integer, and is \"two\"",
-            "spec.cache.dtype must be one of Auto, F32, F16, and is \"F64\"",
+            "spec.cache.dtype must be one of Auto, F32, F16, BF16, INT8, FP8, INT4, and is \"F64\"",
             "spec.resources.memory must be an integer or a string",
         ] {
             assert!(error.contains(words), "{words} in {error}");

@@ -1,10 +1,10 @@
-//! In: the namespace the operator may see, or the whole cluster. Out: the memory and CPU that others' pods ask for on each node,
-//! as of now. Read once for each plan that is made, and at no other time: a watch on every pod of a cluster, kept for a
+//! In: the namespace the operator may see, or the whole cluster. Out: the memory, CPU and GPUs that others' pods ask for on each
+//! node, and what quotas leave, as of now. Read once for each plan that is made, and at no other time: a watch on every pod of a cluster, kept for a
 //! plan now and then, would make the operator large and busy. Never here: a decision.
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
 use kube::api::ListParams;
 use kube::{Api, Client};
 
@@ -15,6 +15,7 @@ use crate::plan::{self, Asked, Neighbours};
 const PAGE_PODS: u32 = 500;
 /// Nodes of a cluster of a thousand pages are not what a person waits for.
 const PAGES_MAX: usize = 1000;
+const FORBIDDEN: u16 = 403;
 /// What has ended asks for nothing any more, and what is not bound may still go anywhere.
 const BOUND: &str = "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Failed";
 
@@ -29,11 +30,15 @@ pub async fn read(
         None => Api::all(client.clone()),
     };
     let mut asked = BTreeMap::new();
+    let mut own_gpus = 0;
     let mut page = ListParams::default().fields(BOUND).limit(PAGE_PODS);
     for _ in 0..PAGES_MAX {
         let list = pods.list(&page).await?;
-        for pod in list.items.iter().filter(|pod| !object.has_engine(pod)) {
-            if let Some((node, more)) = plan::asked(pod) {
+        for pod in &list.items {
+            let Some((node, more)) = plan::asked(pod) else { continue };
+            if object.has_engine(pod) {
+                own_gpus += more.gpus;
+            } else {
                 let sum: &mut Asked = asked.entry(node.to_owned()).or_default();
                 *sum = sum.plus(more);
             }
@@ -43,5 +48,16 @@ pub async fn read(
             None => break,
         }
     }
-    Ok(Neighbours { asked, namespaced: namespace.is_some() })
+    let quota = plan::quota(&quotas(client, object).await?, own_gpus);
+    Ok(Neighbours { asked, namespaced: namespace.is_some(), quota })
+}
+
+/// Of the object's namespace. An operator that may not read them, because its role is of an older chart, knows of none.
+async fn quotas(client: &Client, object: &Identity) -> Result<Vec<ResourceQuota>, kube::Error> {
+    let quotas: Api<ResourceQuota> = Api::namespaced(client.clone(), &object.namespace);
+    match quotas.list(&ListParams::default().limit(PAGE_PODS)).await {
+        Ok(list) => Ok(list.items),
+        Err(kube::Error::Api(refused)) if refused.code == FORBIDDEN => Ok(Vec::new()),
+        Err(error) => Err(error),
+    }
 }

@@ -1,36 +1,47 @@
 //! A spec, a model's facts and the nodes enter; the chosen plan and the rejected ones with their arithmetic leave. Pure,
-//! deterministic, and the same for `run`, `up` and `plan`. Steps: candidates → memory → rank → explain.
+//! deterministic, and the same for `run`, `up` and `plan`. Steps: machines → candidates → limits → memory → cost → rank →
+//! explain.
 
-use plimsoll_contract::abilities::Dtype;
+use plimsoll_contract::abilities::{CacheStrategy, Dtype, KvDtype, Quantization};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_contract::memory::MemoryPlan;
-use plimsoll_crds::{
-    CacheStatus, MemoryStatus, PlanStatus, REJECTED_MAX, Reason, RejectedStatus, bounded,
-};
-use serde::Serialize;
+use plimsoll_crds::Reason;
+use serde_json::json;
 
 use crate::fields::digest;
 use crate::spec::Spec;
 
+mod calibration;
 mod candidates;
 pub mod cards;
+mod cost;
 pub mod explain;
+mod figures;
+mod limits;
+mod machines;
 mod memory;
 mod neighbours;
 mod nodes;
+pub mod outcome;
+mod prices;
+mod quota;
 mod rank;
 mod room;
 #[cfg(test)]
 pub mod tests;
+pub mod what_if;
 
-pub use candidates::GPU_HOST_BYTES;
+use candidates::Candidate;
+pub use cost::Predicted;
+pub use machines::{CPU_CLASS, GPU_HOST_BYTES};
 pub use memory::headroom;
 pub use neighbours::{Asked, Neighbours, asked};
 pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
+pub use outcome::{Miss, PlanOutcome, Rejected, Unit, status};
+pub use prices::{DATE as PRICES_DATE, Prices};
+pub use quota::{Quota, quota};
 pub use room::{Update, room};
 
-/// The class of machine that computes on its CPU.
-pub const CPU_CLASS: &str = "cpu";
 /// Requests that run at once where the spec names no concurrency.
 pub const CONCURRENCY_DEFAULT: u32 = 32;
 /// Tokens of one request where the spec names none.
@@ -41,12 +52,43 @@ pub const STEP_TOKENS_MAX: u32 = 512;
 pub const GPU_RUNNING_DEFAULT: u32 = 256;
 pub const GPU_STEP_TOKENS_MAX: u32 = 2048;
 
+/// All that a plan is made from.
+#[derive(Clone, Copy)]
+pub struct Question<'a> {
+    pub spec: &'a Spec,
+    pub facts: &'a ModelFacts,
+    pub nodes: &'a [NodeResources],
+    pub quota: Quota,
+    /// What engines took beyond their plans, by class: measured feedback.
+    pub overruns: &'a [Overrun],
+    pub prices: &'a Prices,
+    pub scope: Scope,
+}
+
+/// Bytes by which an engine on this class needed more than its plan said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Overrun {
+    pub class: String,
+    pub bytes: u64,
+}
+
+/// Which candidates are weighed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Those that the engine of this version can run.
+    Runnable,
+    /// Every format that is planned; chosen is what runs, all the same.
+    Everything,
+}
+
 /// How one pod runs the model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// Eight digits of the digest of the plan's values; never of the sentences.
     pub hash: String,
-    pub quantization: &'static str,
+    /// Its values, in short, as those of candidates that were not taken.
+    pub candidate: String,
+    pub quantization: Quantization,
     /// Type that weights are kept and computed in.
     pub dtype: Dtype,
     pub cache: CachePlan,
@@ -62,6 +104,8 @@ pub struct Plan {
     pub memory: MemoryPlan,
     /// Bytes that the memory had to fit into.
     pub capacity: u64,
+    /// None where nothing is known of the machine's speed.
+    pub predicted: Option<Predicted>,
     pub why: String,
 }
 
@@ -75,115 +119,156 @@ pub enum Device {
     },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CachePlan {
-    pub strategy: &'static str,
-    pub dtype: Dtype,
+    pub strategy: CacheStrategy,
+    pub dtype: KvDtype,
     pub tokens: u64,
 }
 
-/// A candidate that was not taken.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rejected {
-    /// Its values, in short: `None · F32 · TP 1 · cpu`.
-    pub candidate: String,
-    /// What the refusal means for the object, if every candidate is refused.
-    pub reason: Reason,
-    /// One sentence with the arithmetic.
-    pub why: String,
+/// A candidate that can be had.
+pub struct Feasible<'a> {
+    candidate: Candidate<'a>,
+    fitted: memory::Fitted,
+    predicted: Option<Predicted>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlanOutcome {
-    pub chosen: Option<Plan>,
-    /// The best first, at most [`REJECTED_MAX`].
-    pub rejected: Vec<Rejected>,
+/// Why a candidate cannot be had.
+struct Refusal {
+    reason: Reason,
+    why: String,
+    miss: Option<Miss>,
+    /// The least that it would take, where that was worked out.
+    memory: Option<MemoryPlan>,
 }
 
-impl PlanOutcome {
-    /// Why nothing was chosen. None where something was.
-    pub fn refusal(&self) -> Option<(Reason, String)> {
-        if self.chosen.is_some() {
-            return None;
-        }
-        let Some(first) = self.rejected.first() else {
-            return Some((Reason::NoNodes, "no node that pods may run on".to_owned()));
-        };
-        // One sentence where all candidates fail alike, as with a context that no type of cache can lengthen.
-        if self.rejected.iter().all(|rejected| rejected.why == first.why) {
-            return Some((first.reason, first.why.clone()));
-        }
-        let sentences: Vec<_> = self
-            .rejected
-            .iter()
-            .map(|Rejected { candidate, why, .. }| format!("{candidate}: {why}"))
-            .collect();
-        Some((first.reason, bounded(&sentences.join("; "))))
+impl Refusal {
+    fn new(reason: Reason, why: String) -> Refusal {
+        Refusal { reason, why, miss: None, memory: None }
     }
+}
+
+/// Chooses among what runs, with nothing known but the nodes.
+pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOutcome {
+    let prices = Prices::default();
+    choose(&Question {
+        spec,
+        facts,
+        nodes,
+        quota: Quota::default(),
+        overruns: &[],
+        prices: &prices,
+        scope: Scope::Runnable,
+    })
 }
 
 /// Chooses. The same inputs, in whatever order nodes come, give the same outcome.
-pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOutcome {
-    let candidates = candidates::candidates(spec, nodes);
-    let mut feasible = Vec::new();
-    let mut rejected = Vec::new();
-    for candidate in candidates {
-        match memory::fit(spec, facts, &candidate) {
-            Ok(fitted) => feasible.push((candidate, fitted)),
-            Err((reason, why)) => {
-                rejected.push(Rejected { candidate: candidate.to_string(), reason, why });
-            }
-        }
+pub fn choose(question: &Question<'_>) -> PlanOutcome {
+    let Question { spec, nodes, .. } = *question;
+    let (allowed, left_out) = allowed(spec, machines::machines(spec, nodes));
+    let (feasible, mut refused) = weighed(question, &allowed);
+    for (class, why) in machines::unusable(nodes).into_iter().chain(left_out) {
+        refused.push(Rejected::class(&class, why));
     }
-    for (candidate, why) in candidates::unusable(nodes) {
-        rejected.push(Rejected { candidate, reason: Reason::DoesNotFit, why });
-    }
-    rank::rank(&mut feasible);
-    let Some(((candidate, fitted), others)) = feasible.split_first() else {
-        rejected.truncate(REJECTED_MAX);
-        return PlanOutcome { chosen: None, rejected };
-    };
-    let mut passed_over: Vec<_> = others
-        .iter()
-        .map(|(other, room)| Rejected {
-            candidate: other.to_string(),
-            reason: Reason::PlanChosen,
-            why: explain::passed_over(candidate, fitted, other, room),
+    let objective = spec.preferences.objective;
+    let best = feasible.iter().position(|one| one.candidate.runnable);
+    let chosen = best.map(|best| {
+        let why = explain::chosen(question, &feasible, best);
+        assemble(spec, &feasible[best], why)
+    });
+    let others = feasible.iter().enumerate().filter(|(index, _)| Some(*index) != best);
+    let mut rejected: Vec<_> = others
+        .map(|(_, other)| {
+            let why = explain::passed_over(best.map(|best| &feasible[best]), other, objective);
+            Rejected::passed_over(other, why)
         })
         .collect();
-    passed_over.extend(rejected);
-    passed_over.truncate(REJECTED_MAX);
-    let why = explain::chosen(spec, candidate, fitted);
-    PlanOutcome { chosen: Some(assemble(spec, candidate, fitted, why)), rejected: passed_over }
+    rejected.extend(refused);
+    PlanOutcome { chosen, rejected }
 }
 
-/// Every plan that fits, the best first, whatever is chosen of them.
-pub fn feasible(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> Vec<Plan> {
-    let fitted = |candidate: candidates::Candidate| {
-        let fitted = memory::fit(spec, facts, &candidate).ok()?;
-        Some((candidate, fitted))
+/// Every plan that runs and can be had, the best first, whatever is chosen of them.
+pub fn feasible(question: &Question<'_>) -> Vec<Plan> {
+    let (allowed, _) = allowed(question.spec, machines::machines(question.spec, question.nodes));
+    let (feasible, _) = weighed(question, &allowed);
+    let plan = |(at, one): (usize, &Feasible<'_>)| {
+        let runs = one.candidate.runnable;
+        runs.then(|| assemble(question.spec, one, explain::chosen(question, &feasible, at)))
     };
-    let mut feasible: Vec<_> =
-        candidates::candidates(spec, nodes).into_iter().filter_map(fitted).collect();
-    rank::rank(&mut feasible);
-    let plan = |(candidate, fitted): &(candidates::Candidate, memory::Fitted)| {
-        assemble(spec, candidate, fitted, explain::chosen(spec, candidate, fitted))
-    };
-    feasible.iter().map(plan).collect()
+    feasible.iter().enumerate().filter_map(plan).collect()
 }
 
-fn assemble(
+/// What can be had, the best first, and what cannot.
+fn weighed<'a>(
+    question: &Question<'_>,
+    allowed: &'a [machines::Machine],
+) -> (Vec<Feasible<'a>>, Vec<Rejected>) {
+    let mut feasible = Vec::new();
+    let mut refused = Vec::new();
+    for candidate in candidates::candidates(question, allowed) {
+        match weigh(question, &candidate) {
+            Ok((fitted, predicted)) => feasible.push(Feasible { candidate, fitted, predicted }),
+            Err(refusal) => refused.push(Rejected::refused(&candidate, refusal)),
+        }
+    }
+    rank::nearest(&mut refused);
+    rank::rank(&mut feasible, question.spec.preferences.objective);
+    (feasible, refused)
+}
+
+/// Classes that the spec allows, and those that it leaves out.
+fn allowed(
     spec: &Spec,
-    candidate: &candidates::Candidate,
-    fitted: &memory::Fitted,
-    why: String,
-) -> Plan {
+    machines: Vec<machines::Machine>,
+) -> (Vec<machines::Machine>, Vec<(String, String)>) {
+    let classes = &spec.preferences.classes;
+    let (allowed, others): (Vec<_>, Vec<_>) = machines
+        .into_iter()
+        .partition(|machine| classes.is_empty() || classes.contains(&machine.class));
+    let sentence = |machine: machines::Machine| (machine.class, explain::left_out(classes));
+    (allowed, others.into_iter().map(sentence).collect())
+}
+
+/// Whether a candidate can be had: limits, memory, and the bounds on its speed.
+fn weigh(
+    question: &Question<'_>,
+    candidate: &Candidate<'_>,
+) -> Result<(memory::Fitted, Option<Predicted>), Refusal> {
+    let Question { spec, facts, prices, .. } = *question;
+    limits::check(question, candidate)?;
+    let fitted = memory::fit(spec, facts, candidate)?;
+    let predicted = cost::predict(facts, candidate, &fitted, &spec.workload, prices);
+    let slo = spec.preferences.slo;
+    let broken = |why: String, miss: Option<Miss>| {
+        let memory = Some(fitted.memory);
+        Refusal { miss, memory, ..Refusal::new(Reason::SloUnattainable, why) }
+    };
+    match predicted {
+        None if slo.is_stated() => Err(broken(explain::no_speed(candidate), None)),
+        None => Ok((fitted, None)),
+        Some(times) => {
+            for (name, time, bound) in
+                [("TTFT", times.ttft, slo.ttft), ("TPOT", times.tpot, slo.tpot)]
+            {
+                if let Some(bound) = bound.filter(|bound| time > *bound) {
+                    let miss = Some(Miss::new(Unit::Microseconds, time, bound));
+                    return Err(broken(explain::too_slow(name, time, bound), miss));
+                }
+            }
+            Ok((fitted, predicted))
+        }
+    }
+}
+
+fn assemble(spec: &Spec, best: &Feasible<'_>, why: String) -> Plan {
+    let Feasible { candidate, fitted, predicted } = best;
     let mut plan = Plan {
         hash: String::new(),
-        quantization: "None",
+        candidate: candidate.to_string(),
+        quantization: candidate.ability.quantization,
         dtype: candidate.ability.weights,
         cache: CachePlan {
-            strategy: "Dynamic",
+            strategy: candidate.ability.strategy,
             dtype: candidate.ability.kv,
             tokens: fitted.memory.kv_tokens,
         },
@@ -196,19 +281,22 @@ fn assemble(
         context_tokens: fitted.context_tokens,
         running_max: fitted.limits.running_max,
         step_tokens_max: fitted.limits.step_tokens_max,
-        cpu_millis: candidates::cpu_request(spec, &candidate.machine),
+        cpu_millis: machines::cpu_request(spec, candidate.machine),
         memory: fitted.memory,
         capacity: candidate.capacity,
+        predicted: *predicted,
         why,
     };
     plan.hash = hash(&plan);
     plan
 }
 
-/// Of the values alone: a better sentence, or a larger node, changes no hash. The class tells the device too.
+/// Of the values alone: a better sentence, another prediction, or a larger node, changes no hash. The class tells the device
+/// too.
 fn hash(plan: &Plan) -> String {
     let Plan {
         hash: _,
+        candidate: _,
         quantization,
         dtype,
         cache,
@@ -221,10 +309,13 @@ fn hash(plan: &Plan) -> String {
         cpu_millis,
         memory,
         capacity: _,
+        predicted: _,
         why: _,
     } = plan;
+    let CachePlan { strategy, dtype: kv, tokens } = cache;
+    let cache = json!({"strategy": strategy.name(), "dtype": kv.name(), "tokens": tokens});
     let values = (
-        quantization,
+        quantization.name(),
         dtype,
         cache,
         tensor_parallel,
@@ -263,48 +354,19 @@ pub fn flags(plan: &Plan, spec: &Spec) -> Vec<String> {
     if !spec.prefix_reuse {
         flags.push("--no-prefix-reuse".to_owned());
     }
-    flags
-}
-
-/// As status writes it.
-pub fn status(outcome: &PlanOutcome, chosen: &Plan) -> PlanStatus {
-    let MemoryPlan { weights, workspace, process, kv, kv_tokens: _ } = chosen.memory;
-    PlanStatus {
-        hash: chosen.hash.clone(),
-        quantization: chosen.quantization.to_owned(),
-        dtype: explain::dtype(chosen.dtype).to_owned(),
-        cache: CacheStatus {
-            strategy: chosen.cache.strategy.to_owned(),
-            dtype: explain::dtype(chosen.cache.dtype).to_owned(),
-            tokens: signed(chosen.cache.tokens),
-        },
-        tensor_parallel: chosen.tensor_parallel.cast_signed(),
-        accelerator: chosen.accelerator.clone(),
-        context_tokens: chosen.context_tokens.into(),
-        concurrency: chosen.running_max.cast_signed(),
-        step_tokens: Some(chosen.step_tokens_max.cast_signed()),
-        cpu_millis: Some(chosen.cpu_millis.cast_signed()),
-        memory_bytes: MemoryStatus {
-            weights: signed(weights),
-            kv: signed(kv),
-            workspace: signed(workspace),
-            process: signed(process),
-            total: signed(chosen.memory.total()),
-            capacity: signed(chosen.capacity),
-        },
-        why: bounded(&chosen.why),
-        rejected: outcome
-            .rejected
-            .iter()
-            .map(|Rejected { candidate, why, .. }| RejectedStatus {
-                candidate: candidate.clone(),
-                why: bounded(why),
-            })
-            .collect(),
-        changed: None,
+    // An engine that has these abilities takes them under these names; what is usual is not said.
+    let CachePlan { strategy, dtype: kv, tokens: _ } = plan.cache;
+    if plan.quantization != Quantization::None {
+        flags.push(format!("--quantization={}", plan.quantization.name().to_lowercase()));
     }
-}
-
-fn signed(amount: u64) -> i64 {
-    i64::try_from(amount).unwrap_or(i64::MAX)
+    if kv != KvDtype::from(plan.dtype) {
+        flags.push(format!("--kv-dtype={}", kv.name()));
+    }
+    if strategy != CacheStrategy::Dynamic {
+        flags.push(format!("--cache-strategy={}", strategy.name().to_lowercase()));
+    }
+    if plan.tensor_parallel > 1 {
+        flags.push(format!("--tensor-parallel={}", plan.tensor_parallel));
+    }
+    flags
 }

@@ -22,6 +22,7 @@ use crate::events::Repair;
 use crate::measure::Measurements;
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
+use crate::plan::Prices;
 use crate::revision::{self, Revision};
 use crate::rollout::{self, Rollout};
 use crate::spec::{Source, Spec};
@@ -33,7 +34,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// A child of a deleted object of the same name is soon gone.
 const LEAVING_AGAIN: Duration = Duration::from_secs(1);
 
-/// No watch tells when other pods leave a node.
+/// No watch tells when other pods leave a node, or a quota changes.
 pub const NEIGHBOURS_AGAIN: Duration = Duration::from_secs(5 * 60);
 /// Objects of which is remembered what they were held against.
 const CONSIDERED_MAX: usize = 100_000;
@@ -47,6 +48,8 @@ pub struct Context {
     pub metrics: Arc<Metrics>,
     pub recorder: Recorder,
     pub settings: Settings,
+    /// What an hour of a GPU costs, for plans by cost.
+    pub prices: Prices,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
     /// Tells the time, as far as status and patience need it.

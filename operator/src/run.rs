@@ -33,6 +33,7 @@ use crate::leader::{self, Leader};
 use crate::measure;
 use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
+use crate::plan::Prices;
 use crate::reconcile::{Considered, Context, reconcile};
 
 /// The operator waits more than it computes; two threads keep it small.
@@ -68,6 +69,9 @@ pub struct RunArgs {
     /// Seconds between two looks at what the engines of an object measure; 0: none
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub measure_seconds: u64,
+    /// What an hour of one GPU costs, as nvidia-h200=3.5 in US dollars; once for each class [default: a dated list, docs/planner.md]
+    #[arg(long = "price", value_name = "CLASS=DOLLARS")]
+    pub prices: Vec<String>,
     /// Who may reach engines whose spec.network does not say
     #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
     pub clients: ClientsArg,
@@ -149,6 +153,8 @@ fn log_as(format: LogFormat) {
 }
 
 async fn operate(options: RunArgs) -> anyhow::Result<()> {
+    let prices =
+        Prices::listed(&options.prices).map_err(|error| anyhow::anyhow!("--price: {error}"))?;
     let mut config = Config::infer().await.context("no cluster to talk to")?;
     let agent = concat!("plimsoll/", env!("CARGO_PKG_VERSION"));
     config
@@ -181,6 +187,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         clock: Arc::new(Timestamp::now),
         considered: Considered::default(),
         measurements: Arc::default(),
+        prices,
         settings: Settings {
             engine_image: options.engine_image,
             allow_host_path: options.allow_host_path,

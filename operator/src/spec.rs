@@ -4,21 +4,22 @@
 
 use std::fmt;
 
-use plimsoll_contract::abilities::Dtype;
 use plimsoll_crds as crds;
 use plimsoll_crds::{
-    AccessMode, Amount, CacheDtype, Clients, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade,
-    PlanApply, RolloutStrategy,
+    AccessMode, Amount, Clients, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade, PlanApply,
+    RolloutStrategy,
 };
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::amount;
 
+mod preferences;
 mod source;
 #[cfg(test)]
 mod tests;
 
+pub use preferences::Preferences;
 pub use source::Source;
 
 const TOKENS_MAX: i64 = 16_777_216;
@@ -43,7 +44,7 @@ pub struct Spec {
     pub api_keys: Option<SecretKey>,
     pub workload: Workload,
     pub context_tokens: Option<u32>,
-    pub cache_dtype: Option<Dtype>,
+    pub preferences: Preferences,
     pub cache_tokens: Option<u64>,
     pub prefix_reuse: bool,
     pub replicas: u32,
@@ -57,8 +58,6 @@ pub struct Spec {
     pub clients: Option<Clients>,
     pub suspend: bool,
     pub pod_template: Option<Value>,
-    /// What engines were found to need beside the sum. Nobody writes it: it comes from a revision that ran out of memory.
-    pub unplanned: Option<Unplanned>,
 }
 
 /// Which plans may run.
@@ -68,13 +67,6 @@ pub struct PlanPolicy {
     pub manual: bool,
     /// The one that may run.
     pub pinned_hash: Option<String>,
-}
-
-/// Bytes beside the sum, on machines of one class.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Unplanned {
-    pub class: String,
-    pub bytes: u64,
 }
 
 /// One entry of a Secret.
@@ -166,6 +158,12 @@ impl Door {
             model,
             auth,
             workload,
+            objective: _,
+            slo: _,
+            quantization: _,
+            quality: _,
+            tensor_parallel: _,
+            accelerators: _,
             context_tokens,
             cache,
             replicas,
@@ -210,11 +208,7 @@ impl Door {
                 TOKENS_MAX,
                 "spec.contextTokens",
             ),
-            cache_dtype: match cache.dtype {
-                None | Some(CacheDtype::Auto) => None,
-                Some(CacheDtype::F32) => Some(Dtype::F32),
-                Some(CacheDtype::F16) => Some(Dtype::F16),
-            },
+            preferences: self.preferences(&object.spec),
             cache_tokens: self
                 .between(cache.tokens, CONTEXT_TOKENS_MIN, CACHE_TOKENS_MAX, "spec.cache.tokens")
                 .map(u64::from),
@@ -233,7 +227,6 @@ impl Door {
             clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),
-            unplanned: None,
             name,
             source: source?,
             served_name,

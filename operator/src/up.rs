@@ -57,7 +57,8 @@ fn prepare(args: &UpArgs) -> anyhow::Result<Prepared> {
     let directory = local::model_directory(&spec, &engine, &args.local)?;
     let facts = engine.inspect(&directory)?;
     let outcome = local::plan_here(&spec, &facts, local::machine(&engine)?);
-    eprintln!("{}", show::table(&spec, &facts, &outcome));
+    let paint = show::Paint::of(&std::io::stderr());
+    eprintln!("{}", show::table(&spec, &facts, &outcome, paint, show::Listed::Best));
     let Some(plan) = outcome.chosen else { bail!("no plan fits this machine") };
     for note in notes(&spec) {
         eprintln!("  note       {note}");

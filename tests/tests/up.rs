@@ -244,6 +244,53 @@ fn a_machine_with_a_gpu_uses_it_without_being_told() {
     }
 }
 
+fn plan_for(nodes: &str, fields: &str, more: &[&str]) -> Output {
+    let manifest = manifest(
+        &format!("nodes-{}", fields.len()),
+        &format!("{{model: {{source: 'hf://a/b'}}{fields}}}"),
+    );
+    let config = root().join("tests/model/config.json");
+    let mut command = plimsoll();
+    command.args(["plan", "--nodes", nodes, "--config"]).arg(config).arg("-f").arg(manifest);
+    command.args(more).stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn machines_that_nobody_has_are_planned_for_from_a_config_alone() {
+    let output = plan_for("nvidia-h200=8,nvidia-l4=4", "", &["--output", "json"]);
+    let (text, told) = said(&output);
+    assert!(output.status.success(), "{told}");
+    let data: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(data["plan"]["accelerator"], "nvidia-l4");
+    assert_eq!(data["plan"]["quantization"], "None");
+    assert!(data["plan"]["predicted"]["tpotMicroseconds"].as_u64().unwrap() > 0, "{text}");
+    assert_eq!(data["plan"]["rejected"].as_array().unwrap().len(), 8);
+    let candidates = data["candidates"].as_array().unwrap();
+    assert!(candidates.len() > 100, "{}", candidates.len());
+    let runs = candidates.iter().filter(|candidate| candidate["runnable"] == true);
+    let runs: Vec<_> = runs.map(|candidate| candidate["candidate"].as_str().unwrap()).collect();
+    let both = ["None · BF16 · TP 1 · nvidia-l4", "None · BF16 · TP 1 · nvidia-h200"];
+    assert_eq!(runs, both, "the chosen one first");
+    let (table, _) = said(&plan_for("nvidia-h200=8", "", &[]));
+    for words in ["predicted", "between tokens", "(runnable: false)", "more: --all lists them"] {
+        assert!(table.contains(words), "{words} in {table}");
+    }
+    assert!(!table.contains('\x1b'), "no colours into a pipe: {table:?}");
+}
+
+#[test]
+fn where_nothing_fits_the_exit_code_and_the_nearest_misses_say_so() {
+    let fields = ", cache: {tokens: 1000000000}";
+    let output = plan_for("nvidia-l4=1", fields, &["--output", "yaml"]);
+    assert_eq!(output.status.code(), Some(1));
+    let (text, _) = said(&output);
+    assert!(text.contains("shortBy") && text.contains("bytes"), "{text}");
+    let (table, _) = said(&plan_for("nvidia-l4=1", fields, &[]));
+    assert!(table.contains("nearest") && table.contains("short by"), "{table}");
+    let (_, told) = said(&plan_for("nvidia-x9=1", "", &[]));
+    assert!(told.contains("--nodes: no card is known as nvidia-x9"), "{told}");
+}
+
 #[test]
 fn a_machine_without_a_gpu_is_planned_for_as_a_cpu_and_says_nothing_of_gpus() {
     let file = manifest("no-gpu", "{model: {source: 'file://.'}, workload: {concurrency: 1}}");

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::cuda::head_width as cuda_head_width;
 use crate::abilities::{Ability, Backend, PAGE_TOKENS};
-use crate::facts::ModelFacts;
+use crate::facts::{ModelFacts, ParametersByRole};
 
 /// What the bodies of all requests may hold before they are tokens, beside the first 8 KiB of each: the engine refuses
 /// those beyond. Part of [`process_bytes`].
@@ -64,12 +64,46 @@ impl MemoryPlan {
     }
 }
 
-/// Weights as the backend keeps them: every parameter in the compute type; on a device in bf16, padded to whole tiles. A
-/// tied head shares the embedding.
+/// Weights as the backend keeps them: the layers' matrices as they are quantized, every other parameter in the compute type;
+/// on a device in bf16, padded to whole tiles. A tied head shares the embedding.
 pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
+    let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
     match ability.backend {
-        Backend::Cpu => facts.parameters.total() * ability.weights.bytes(),
-        Backend::Cuda => cuda::weights_bytes(facts),
+        Backend::Cpu => {
+            let others = (embedding + norm + head) * ability.weights.bytes();
+            matrices_bytes(attention + mlp, ability) + others
+        }
+        Backend::Cuda => cuda::weights_bytes(facts, ability),
+    }
+}
+
+/// Of parameters in matrices of layers.
+fn matrices_bytes(parameters: u64, ability: Ability) -> u64 {
+    match ability.quantization.weight_millibits() {
+        None => parameters * ability.weights.bytes(),
+        Some(millibits) => (parameters * millibits).div_ceil(8000),
+    }
+}
+
+/// Facts of what one of `ranks` devices holds when they share one copy of the weights: heads, the layers' width and the
+/// vocabulary are divided, which only a divisor of all of them can; hidden states are whole everywhere.
+pub fn shard(facts: &ModelFacts, ranks: u32) -> ModelFacts {
+    let of_rank = |whole: u32| whole.div_ceil(ranks);
+    let ParametersByRole { embedding, attention, mlp, norm, head } = facts.parameters;
+    let share = |whole: u64| whole.div_ceil(u64::from(ranks));
+    ModelFacts {
+        intermediate: of_rank(facts.intermediate),
+        heads: of_rank(facts.heads),
+        kv_heads: of_rank(facts.kv_heads),
+        vocabulary: of_rank(facts.vocabulary),
+        parameters: ParametersByRole {
+            embedding: share(embedding),
+            attention: share(attention),
+            mlp: share(mlp),
+            norm,
+            head: share(head),
+        },
+        ..facts.clone()
     }
 }
 
@@ -79,7 +113,7 @@ pub fn kv_bytes_per_token(facts: &ModelFacts, ability: Ability) -> u64 {
         Backend::Cpu => u64::from(facts.head_dim),
         Backend::Cuda => cuda_head_width(facts.head_dim),
     };
-    2 * u64::from(facts.layers) * u64::from(facts.kv_heads) * head * ability.kv.bytes()
+    2 * u64::from(facts.layers) * u64::from(facts.kv_heads) * ability.kv.head_bytes(head)
 }
 
 /// What a backend computes one step in.

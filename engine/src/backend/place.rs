@@ -67,7 +67,7 @@ impl Place {
             Backend::Cpu => Dtype::F32,
             Backend::Cuda => Dtype::Bf16,
         });
-        let ability = Ability { backend, weights: dtype, kv: dtype };
+        let ability = Ability::plain(backend, dtype);
         if plimsoll_contract::abilities::ABILITIES.contains(&ability) {
             return Ok(ability);
         }

@@ -6,7 +6,7 @@ use plimsoll_contract::facts::{Family, ParametersByRole};
 
 use super::*;
 
-const CPU: Ability = Ability { backend: Backend::Cpu, weights: Dtype::F32, kv: Dtype::F32 };
+const CPU: Ability = Ability::plain(Backend::Cpu, Dtype::F32);
 const LIMITS: StepLimits = StepLimits { step_tokens_max: 512, running_max: 32 };
 
 fn facts() -> ModelFacts {

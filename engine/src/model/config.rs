@@ -61,6 +61,18 @@ impl Config {
         Config::parse(&read_json(dir, FILE)?)
     }
 
+    /// Of a file under any name, without the folder that it came from; and the method by which its weights are quantized, if
+    /// they are, which [`Config::read`] refuses.
+    pub fn read_alone(path: &Path) -> Result<(Config, Option<String>), LoadError> {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let mut json = read_json(path.parent().unwrap_or(Path::new("")), &name)?;
+        let quantized = json.as_object_mut().and_then(|o| o.shift_remove("quantization_config"));
+        let method = quantized.filter(|config| !config.is_null()).map(|config| {
+            config["quant_method"].as_str().unwrap_or("unnamed").chars().take(64).collect()
+        });
+        Ok((Config::parse(&json)?, method))
+    }
+
     pub fn parse(json: &Value) -> Result<Config, LoadError> {
         let fields = Fields::of(json)?;
         let family = family(&fields)?;

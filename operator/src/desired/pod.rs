@@ -144,9 +144,10 @@ fn resources(spec: &Spec, plan: &Plan) -> Value {
             let most = GPU_HOST_MARGIN * plan::GPU_HOST_BYTES;
             let limit = quantity::memory(spec.budget.memory_bytes.unwrap_or(most));
             let memory = quantity::memory(plan::GPU_HOST_BYTES);
+            let gpus = plan.tensor_parallel.to_string();
             json!({
-                "requests": {"cpu": cpu, "memory": memory, cards::RESOURCE: "1"},
-                "limits": {"memory": limit, cards::RESOURCE: "1"},
+                "requests": {"cpu": cpu, "memory": memory, cards::RESOURCE: gpus},
+                "limits": {"memory": limit, cards::RESOURCE: gpus},
             })
         }
     }

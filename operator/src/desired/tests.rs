@@ -54,6 +54,8 @@ fn node() -> plan::NodeResources {
         pods_seen: plan::PodsSeen::All,
         cpu_millis: 8000,
         gpus: plan::cards::Gpus::None,
+        gpu_count: 0,
+        asked_gpus: 0,
         open_to: plan::OpenTo::All,
     }
 }
@@ -65,7 +67,7 @@ fn gpu_node() -> plan::NodeResources {
         driver_bytes: 1 << 30,
         used_bytes: 0,
     };
-    plan::NodeResources { gpus: plan::cards::Gpus::Card(card), ..node() }
+    plan::NodeResources { gpus: plan::cards::Gpus::Card(card), gpu_count: 1, ..node() }
 }
 
 fn template_on(node: plan::NodeResources, spec: &Spec, place: &Place) -> Value {

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::plan::tests::{facts, node, spec};
+use crate::plan::{Prices, Question, Quota, Scope};
 use crate::revision::Content;
-use crate::spec::Spec;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -112,17 +112,25 @@ fn what_was_learned_before_is_kept_and_of_several_pods_the_worst_counts() {
 /// dynamo#10104: what a generator had planned ran out of memory in KV allocation at every start, for ever.
 #[test]
 fn dynamo_10104_a_plan_that_ran_out_of_memory_is_made_again_with_less_cache() {
-    let plans = |spec: &Spec| plan::plan(spec, &facts(), &[node(16 * GIB)]);
-    let first = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
-    let before = plans(&first).chosen.unwrap();
-    let unplanned = Unplanned { class: "cpu".to_owned(), bytes: GIB };
-    let after = plans(&Spec { unplanned: Some(unplanned), ..first.clone() }).chosen.unwrap();
+    let spec = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
+    let plans = |bytes: u64| {
+        plan::choose(&Question {
+            spec: &spec,
+            facts: &facts(),
+            nodes: &[node(16 * GIB)],
+            quota: Quota::default(),
+            overruns: &[Overrun { class: "cpu".to_owned(), bytes }],
+            prices: &Prices::default(),
+            scope: Scope::Runnable,
+        })
+    };
+    let before = plans(0).chosen.unwrap();
+    let after = plans(GIB).chosen.unwrap();
     assert!(after.cache.tokens < before.cache.tokens, "{before:?} {after:?}");
     assert!(after.memory.total() <= after.capacity);
     assert_ne!(after.hash, before.hash);
     // Where even the least cache has no room beside it, the refusal shows the whole sum.
-    let unplanned = Unplanned { class: "cpu".to_owned(), bytes: 6 * GIB };
-    let refused = plans(&Spec { unplanned: Some(unplanned), ..first }).refusal().unwrap();
+    let refused = plans(6 * GIB).refusal().unwrap();
     assert!(refused.1.contains("process 6.1 GiB"), "{refused:?}");
 }
 
@@ -137,5 +145,5 @@ fn kaito_1374_what_a_card_lacks_of_its_label_is_measured_and_planned_with() {
     .unwrap();
     // The next sum is at most what there was: 22 GiB less what is held beside it.
     assert_eq!(learned.unplanned_bytes, GIB);
-    assert_eq!(learned.unplanned(), Unplanned { class: "nvidia-a10".to_owned(), bytes: GIB });
+    assert_eq!(learned.overrun(), Overrun { class: "nvidia-a10".to_owned(), bytes: GIB });
 }

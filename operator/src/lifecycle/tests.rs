@@ -3,9 +3,9 @@ use plimsoll_crds::{PlanCause, PlanChange};
 use serde_json::json;
 
 use super::*;
-use crate::plan::NodeResources;
 use crate::plan::cards::Card;
 use crate::plan::tests::{facts, node, spec};
+use crate::plan::{NodeResources, Prices, Question, Quota, Scope};
 
 const GIB: u64 = 1 << 30;
 
@@ -16,11 +16,20 @@ fn with_card(memory_bytes: u64, product: &str, card_bytes: u64) -> NodeResources
         driver_bytes: GIB,
         used_bytes: 0,
     };
-    NodeResources { gpus: Gpus::Card(card), name: product.to_owned(), ..node(memory_bytes) }
+    let gpus = Gpus::Card(card);
+    NodeResources { gpus, gpu_count: 1, name: product.to_owned(), ..node(memory_bytes) }
 }
 
 fn plans(nodes: &[NodeResources]) -> Vec<Plan> {
-    plan::feasible(&spec(json!({})), &facts(), nodes)
+    plan::feasible(&Question {
+        spec: &spec(json!({})),
+        facts: &facts(),
+        nodes,
+        quota: Quota::default(),
+        overruns: &[],
+        prices: &Prices::default(),
+        scope: Scope::Runnable,
+    })
 }
 
 fn status(nodes: &[NodeResources]) -> PlanStatus {

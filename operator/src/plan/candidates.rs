@@ -1,161 +1,149 @@
-//! Every way to run the model on the machines there are, feasible or not: what the engine can run × machine class. Pure.
+//! Every way to run the model on the machines there are, feasible or not: quantization × type of KV × cache strategy × GPUs
+//! that share the weights × class of machine. Pure.
 
-use std::cmp::Reverse;
-use std::collections::BTreeMap;
 use std::fmt;
 
-use plimsoll_contract::abilities::{ABILITIES, Ability, Backend};
+use plimsoll_contract::abilities::{
+    ABILITIES, Ability, Backend, CacheStrategy, Dtype, KvDtype, Quantization,
+};
 
-use super::cards::{Card, Gpus, PRODUCT_LABEL};
-use super::{CPU_CLASS, NodeResources, OpenTo, explain};
-use crate::spec::Spec;
+use super::machines::Machine;
+use super::{Overrun, Question, Scope, explain};
 
-/// Part of the largest node's CPU that a pod requests where the spec names none: three neighbours fit beside it.
-const CPU_SHARE_DEFAULT: u32 = 4;
-/// The least CPU that is requested.
-const CPU_MILLIS_MIN: u32 = 100;
-/// Beside a GPU one CPU plans steps and one talks HTTP; more than half of a small node is not asked for.
-const GPU_CPU_MILLIS: u32 = 2000;
-/// Host memory that the engine of a GPU needs: its code and CUDA's, the tokenizer, buffers through which weights pass.
-pub const GPU_HOST_BYTES: u64 = 1280 << 20;
+/// Numbers of GPUs that share one copy of the weights, where the spec names none.
+const DEGREES: [u32; 4] = [1, 2, 4, 8];
 
-/// A class of machine, by the best of its nodes: one pod has to fit on one of them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Machine {
-    pub class: String,
-    pub best: NodeResources,
-    /// Nodes of this class.
-    pub nodes: u64,
-    /// The card that the model runs on; None on a CPU.
-    pub card: Option<Card>,
-}
+/// Types of KV that a GPU's cache may have one day, by expected quality.
+const GPU_KV: [KvDtype; 4] = [KvDtype::Bf16, KvDtype::Int8, KvDtype::Fp8, KvDtype::Int4];
 
-impl Machine {
-    /// How many of an object's pods come together on one node while it is updated, if nodes take turns.
-    pub fn pods_on_best(&self, spec: &Spec) -> u64 {
-        (u64::from(spec.replicas.max(1)) + 1).div_ceil(self.nodes)
-    }
-
-    pub fn backend(&self) -> Backend {
-        if self.card.is_some() { Backend::Cuda } else { Backend::Cpu }
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Candidate {
-    /// Position in the engine's order of preference; lower is better.
+#[derive(Clone, Copy, Debug)]
+pub struct Candidate<'a> {
+    /// Position by expected quality, then by simplicity; lower is better.
     pub preference: usize,
     pub ability: Ability,
-    pub machine: Machine,
+    pub machine: &'a Machine,
     pub tensor_parallel: u32,
-    /// Bytes that one pod may use: what is left of its card; or what others leave of the node, or what the spec allows of
-    /// that.
+    /// Whether the engine of this version can do it.
+    pub runnable: bool,
+    /// Bytes that one pod may use of each card: what is left of it; or what others leave of the node, or what the spec allows
+    /// of that.
     pub capacity: u64,
+    /// What of the capacity an engine of this class took beyond its plan, once, and is not planned with again.
+    pub overrun: u64,
 }
 
-impl fmt::Display for Candidate {
+impl fmt::Display for Candidate<'_> {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dtype = explain::dtype(self.ability.weights);
-        write!(out, "None · {dtype} · TP {} · {}", self.tensor_parallel, self.machine.class)
+        write!(
+            out,
+            "{} · TP {} · {}",
+            Format(self.ability),
+            self.tensor_parallel,
+            self.machine.class
+        )
     }
 }
 
-/// GPUs come first.
-pub fn candidates(spec: &Spec, nodes: &[NodeResources]) -> Vec<Candidate> {
-    let machines = gpu_machines(spec, nodes).into_iter().chain(cpu_machine(spec, nodes));
-    machines.flat_map(|machine| on_machine(spec, machine)).collect()
+/// What a candidate is beside its place: `None · BF16`, `W4A16 · KV FP8 · Offloaded`. What is usual is not said.
+pub struct Format(pub Ability);
+
+impl fmt::Display for Format {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Ability { quantization, weights, kv, strategy, .. } = self.0;
+        write!(out, "{}", quantization.name())?;
+        if quantization == Quantization::None {
+            write!(out, " · {}", explain::dtype(weights))?;
+        }
+        if kv != KvDtype::from(weights) {
+            write!(out, " · KV {}", explain::kv_dtype(kv))?;
+        }
+        if strategy != CacheStrategy::Dynamic {
+            write!(out, " · {}", strategy.name())?;
+        }
+        Ok(())
+    }
 }
 
-fn on_machine(spec: &Spec, machine: Machine) -> impl Iterator<Item = Candidate> {
-    let capacity = match &machine.card {
+/// In the order of machines; on each in the order of preference.
+pub fn candidates<'a>(question: &Question<'_>, machines: &'a [Machine]) -> Vec<Candidate<'a>> {
+    let formats = [Backend::Cpu, Backend::Cuda].map(|backend| formats(question, backend));
+    let mut all = Vec::new();
+    for machine in machines {
+        let formats = match machine.backend() {
+            Backend::Cpu => &formats[0],
+            Backend::Cuda => &formats[1],
+        };
+        let degrees = degrees(question, machine);
+        let capacity = capacity(question, machine);
+        let overrun = overrun(question, machine);
+        for (preference, ability) in formats.iter().enumerate() {
+            let degrees = degrees.iter().filter(|degree| {
+                question.scope == Scope::Everything || ability.runs_on(**degree) || **degree == 1
+            });
+            all.extend(degrees.map(|degree| Candidate {
+                preference,
+                ability: *ability,
+                machine,
+                tensor_parallel: *degree,
+                runnable: ability.runs_on(*degree),
+                capacity,
+                overrun,
+            }));
+        }
+    }
+    all
+}
+
+/// What the engine runs on a backend, or what it may run one day; of the latter only what the spec asks for, where it asks.
+fn formats(question: &Question<'_>, backend: Backend) -> Vec<Ability> {
+    let runnable = ABILITIES.iter().copied().filter(|ability| ability.backend == backend);
+    if question.scope == Scope::Runnable || backend == Backend::Cpu {
+        return runnable.collect();
+    }
+    let wishes = &question.spec.preferences;
+    let on_disk = question.facts.quantization.as_deref().and_then(Quantization::on_disk);
+    let mut all = Vec::new();
+    for quantization in asked(&Quantization::ALL, on_disk.or(wishes.quantization)) {
+        for kv in asked(&GPU_KV, wishes.cache_dtype) {
+            for strategy in asked(&CacheStrategy::ALL, wishes.cache_strategy) {
+                let plain = Ability::plain(backend, Dtype::Bf16);
+                all.push(Ability { quantization, kv, strategy, ..plain });
+            }
+        }
+    }
+    all
+}
+
+/// What is asked for, or everything.
+fn asked<T: Copy + PartialEq>(all: &[T], wanted: Option<T>) -> Vec<T> {
+    all.iter().copied().filter(|one| wanted.is_none_or(|wanted| wanted == *one)).collect()
+}
+
+/// Numbers of GPUs for one pod on a class of machine. A number that no node has is a candidate too where the spec asks for
+/// it, so that the refusal can say so.
+fn degrees(question: &Question<'_>, machine: &Machine) -> Vec<u32> {
+    let Some(card) = &machine.card else { return vec![1] };
+    match (question.spec.preferences.tensor_parallel, question.scope) {
+        (Some(wanted), Scope::Everything) => vec![wanted],
+        _ if card.is_slice() => vec![1],
+        _ => {
+            let of_a_node = machine.gpus_of_a_node();
+            DEGREES.into_iter().filter(|degree| *degree == 1 || *degree <= of_a_node).collect()
+        }
+    }
+}
+
+fn capacity(question: &Question<'_>, machine: &Machine) -> u64 {
+    match &machine.card {
         Some(card) => card.free_bytes(),
-        None => spec.budget.memory_bytes.unwrap_or(u64::MAX).min(machine.best.free_bytes()),
-    };
-    let abilities = ABILITIES.iter().enumerate();
-    let backend = machine.backend();
-    abilities.filter(move |(_, ability)| ability.backend == backend).map(
-        move |(preference, ability)| Candidate {
-            preference,
-            ability: *ability,
-            machine: machine.clone(),
-            tensor_parallel: 1,
-            capacity,
-        },
-    )
-}
-
-/// What would be candidates if their GPUs could be used, each with the reason why not; nodes that are alike in that stand
-/// together.
-pub fn unusable(nodes: &[NodeResources]) -> Vec<(String, String)> {
-    let mut alike: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
-    for node in nodes {
-        if let Gpus::Unusable { class, why } = &node.gpus {
-            alike.entry((class, why)).or_default().push(&node.name);
+        None => {
+            let budget = question.spec.budget.memory_bytes.unwrap_or(u64::MAX);
+            budget.min(machine.best.free_bytes())
         }
     }
-    let gpu = ABILITIES.iter().find(|ability| ability.backend == Backend::Cuda);
-    let dtype = gpu.map_or("-", |ability| explain::dtype(ability.weights));
-    alike
-        .into_iter()
-        .map(|((class, why), mut names)| {
-            names.sort_unstable();
-            let candidate = format!("None · {dtype} · TP 1 · {class}");
-            (candidate, explain::of_nodes(&names, why))
-        })
-        .collect()
 }
 
-/// CPU to request for one pod.
-pub fn cpu_request(spec: &Spec, machine: &Machine) -> u32 {
-    let there_is = machine.best.cpu_millis;
-    let usual = match machine.backend() {
-        Backend::Cpu => there_is / CPU_SHARE_DEFAULT,
-        Backend::Cuda => GPU_CPU_MILLIS.min(there_is / 2),
-    };
-    let share = u64::from(machine.best.free_cpu_millis()) / machine.pods_on_best(spec);
-    let usual = usual.min(u32::try_from(share).expect("a part of 32 bits"));
-    spec.budget.cpu_millis.unwrap_or_else(|| usual.max(CPU_MILLIS_MIN))
-}
-
-/// One for each kind of card, or for the one that the pod template selects. The least memory among its nodes counts, since
-/// a pod may land on any of them.
-fn gpu_machines(spec: &Spec, nodes: &[NodeResources]) -> Vec<Machine> {
-    let selector = spec.pod_template.as_ref().map(|over| &over["spec"]["nodeSelector"]);
-    let wanted = selector.and_then(|selector| selector[PRODUCT_LABEL].as_str());
-    let mut kinds: BTreeMap<&str, Vec<(&NodeResources, &Card)>> = BTreeMap::new();
-    for node in nodes {
-        if let Gpus::Card(card) = &node.gpus
-            && wanted.is_none_or(|wanted| wanted == card.product)
-        {
-            kinds.entry(&card.product).or_default().push((node, card));
-        }
-    }
-    let machine = |alike: Vec<(&NodeResources, &Card)>| {
-        let card = alike.iter().map(|(_, card)| *card).min_by_key(|card| card.free_bytes())?;
-        let best = roomiest(spec, alike.iter().map(|(node, _)| *node))?;
-        let nodes = alike.len() as u64;
-        Some(Machine { class: card.class(), best: best.clone(), nodes, card: Some(card.clone()) })
-    };
-    kinds.into_values().filter_map(machine).collect()
-}
-
-fn cpu_machine(spec: &Spec, nodes: &[NodeResources]) -> Option<Machine> {
-    let open = nodes.iter().filter(|node| node.open_to == OpenTo::All);
-    let best = roomiest(spec, open.clone())?;
-    let nodes = open.count() as u64;
-    Some(Machine { class: CPU_CLASS.to_owned(), best: best.clone(), nodes, card: None })
-}
-
-/// The node with the most memory left among those with enough CPU; with too little CPU everywhere, the one with the most, so
-/// that the refusal can say how much there is.
-fn roomiest<'a>(
-    spec: &Spec,
-    nodes: impl Iterator<Item = &'a NodeResources> + Clone,
-) -> Option<&'a NodeResources> {
-    let wanted = spec.budget.cpu_millis.unwrap_or(0);
-    let enough = nodes.clone().filter(|node| node.free_cpu_millis() >= wanted);
-    // Equal nodes are told apart by name, so that their order does not matter.
-    enough
-        .max_by_key(|node| (node.free_bytes(), node.free_cpu_millis(), Reverse(&node.name)))
-        .or_else(|| nodes.max_by_key(|n| (n.free_cpu_millis(), n.free_bytes(), Reverse(&n.name))))
+fn overrun(question: &Question<'_>, machine: &Machine) -> u64 {
+    let of_class = |overrun: &&Overrun| overrun.class == machine.class;
+    question.overruns.iter().find(of_class).map_or(0, |overrun| overrun.bytes)
 }

@@ -30,6 +30,9 @@ pub const CONTEXT_BYTES: u64 = 640 << 20;
 const DRIVER_SHARE: u64 = 50;
 const DRIVER_BYTES_MAX: u64 = 1 << 30;
 
+/// What stands in the product label of a slice before its profile, where all cards of a node are sliced alike.
+const SLICE: &str = "-MIG-";
+
 /// Class of a card whose name nobody tells.
 pub const CLASS_UNKNOWN: &str = "gpu";
 
@@ -67,6 +70,22 @@ impl Card {
         self.memory_bytes.saturating_sub(self.driver_bytes + self.used_bytes)
     }
 
+    /// As a label gives product and MiB.
+    pub fn labelled(product: &str, mebibytes: u64) -> Card {
+        let memory_bytes = mebibytes.saturating_mul(1 << 20);
+        Card {
+            product: product.to_owned(),
+            memory_bytes,
+            driver_bytes: CONTEXT_BYTES + (memory_bytes / DRIVER_SHARE).min(DRIVER_BYTES_MAX),
+            used_bytes: 0,
+        }
+    }
+
+    /// A part of a card, which has no way to other parts.
+    pub fn is_slice(&self) -> bool {
+        self.product.contains(SLICE)
+    }
+
     /// As the engine found it on this machine. What is used beyond the context of the process that looked is others'.
     pub fn found(gpu: &Gpu) -> Card {
         let held = gpu.memory_bytes.saturating_sub(gpu.memory_free_bytes);
@@ -81,13 +100,18 @@ impl Card {
 
 /// As the labels of a node describe what it offers to pods.
 pub fn of_node(node: &Node) -> Gpus {
-    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
-    let offered = allocatable.and_then(|amounts| amount::units(&amounts.get(RESOURCE)?.0));
-    if offered.unwrap_or(0) == 0 {
+    if offered(node) == 0 {
         return Gpus::None;
     }
     let none = BTreeMap::new();
     of_labels(node.metadata.labels.as_ref().unwrap_or(&none))
+}
+
+/// Cards, or slices of cards, that a node offers to pods.
+pub fn offered(node: &Node) -> u32 {
+    let allocatable = node.status.as_ref().and_then(|status| status.allocatable.as_ref());
+    let offered = allocatable.and_then(|amounts| amount::units(&amounts.get(RESOURCE)?.0));
+    u32::try_from(offered.unwrap_or(0)).unwrap_or(u32::MAX)
 }
 
 fn of_labels(labels: &BTreeMap<String, String>) -> Gpus {
@@ -101,9 +125,6 @@ fn of_labels(labels: &BTreeMap<String, String>) -> Gpus {
     let Some(mebibytes) = number(MEMORY_LABEL) else {
         return unusable(explain::unlabelled_card(MEMORY_LABEL));
     };
-    if product.contains("-MIG-") {
-        return unusable(explain::sliced_card());
-    }
     if let Some(pods) = number(REPLICAS_LABEL).filter(|pods| *pods > 1) {
         return unusable(explain::shared_card(pods));
     }
@@ -115,17 +136,11 @@ fn of_labels(labels: &BTreeMap<String, String>) -> Gpus {
     if let Some(major) = cuda.filter(|major| *major < CUDA_MAJOR_MIN) {
         return unusable(explain::old_driver(major));
     }
-    let memory_bytes = mebibytes.saturating_mul(1 << 20);
-    Gpus::Card(Card {
-        product: product.clone(),
-        memory_bytes,
-        driver_bytes: CONTEXT_BYTES + (memory_bytes / DRIVER_SHARE).min(DRIVER_BYTES_MAX),
-        used_bytes: 0,
-    })
+    Gpus::Card(Card::labelled(product, mebibytes))
 }
 
 /// From a card's name or product label: lower case, dashes, without form factor and kind of memory.
-fn class(name: &str) -> String {
+pub fn class(name: &str) -> String {
     let lower = name.to_lowercase();
     let words = lower.split([' ', '-']).filter(|word| !word.is_empty() && !is_form(word));
     words.collect::<Vec<_>>().join("-")
@@ -193,6 +208,14 @@ mod tests {
     }
 
     #[test]
+    fn a_slice_of_a_card_is_a_class_of_its_own() {
+        let labels = h200(json!({PRODUCT_LABEL: "NVIDIA-H200-MIG-1g.18gb", MEMORY_LABEL: "16384"}));
+        let Gpus::Card(card) = of_node(&node("7", labels)) else { panic!("a card") };
+        assert_eq!(card.class(), "nvidia-h200-mig-1g.18gb");
+        assert!(card.is_slice() && card.memory_bytes == 16_384 * MIB);
+    }
+
+    #[test]
     fn what_one_pod_cannot_have_for_itself_or_cannot_run_is_named() {
         let product = json!({PRODUCT_LABEL: "NVIDIA-H200"});
         for (labels, class_of_it, words) in [
@@ -200,7 +223,6 @@ mod tests {
             (product, "nvidia-h200", "install GPU feature discovery, or label"),
             (h200(json!({MEMORY_LABEL: "much"})), "nvidia-h200", "nvidia.com/gpu.memory"),
             (h200(json!({REPLICAS_LABEL: "4"})), "nvidia-h200", "shared by 4 pods"),
-            (h200(json!({PRODUCT_LABEL: "NVIDIA-H200-MIG-1g.18gb"})), "nvidia-h200-mig", "MIG"),
             (h200(json!({COMPUTE_MAJOR_LABEL: "7", COMPUTE_MINOR_LABEL: "5"})), "h200", "7.5"),
             (h200(json!({"nvidia.com/cuda.runtime.major": "12"})), "nvidia-h200", "CUDA 12"),
         ] {

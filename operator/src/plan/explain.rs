@@ -1,13 +1,18 @@
-//! Sentences with figures, as status, `plimsoll plan` and `plimsoll up` show them. Pure.
+//! Sentences with figures, as status, `plimsoll plan` and `plimsoll up` show them: why a candidate cannot be had. Why one was
+//! taken before another stands in `verdict`. Pure.
 
-use plimsoll_contract::abilities::{Backend, Dtype};
+use plimsoll_contract::abilities::{ABILITIES, Backend, Dtype, KvDtype};
 use plimsoll_contract::memory::MemoryPlan;
 
-use super::candidates::Candidate;
+use super::candidates::{Candidate, Format};
 use super::cards::{self, Card};
-use super::memory::Fitted;
+use super::machines::CPU_CLASS;
 use super::{NodeResources, PodsSeen};
 use crate::spec::Spec;
+
+mod verdict;
+
+pub use verdict::{chosen, passed_over};
 
 /// As status and tables write a type.
 pub fn dtype(dtype: Dtype) -> &'static str {
@@ -16,6 +21,43 @@ pub fn dtype(dtype: Dtype) -> &'static str {
         Dtype::F16 => "F16",
         Dtype::Bf16 => "BF16",
     }
+}
+
+pub fn kv_dtype(dtype: KvDtype) -> &'static str {
+    match dtype {
+        KvDtype::F32 => "F32",
+        KvDtype::F16 => "F16",
+        KvDtype::Bf16 => "BF16",
+        KvDtype::Int8 => "INT8",
+        KvDtype::Fp8 => "FP8",
+        KvDtype::Int4 => "INT4",
+    }
+}
+
+/// The usual candidate on a class that no candidate may use.
+pub fn any_on(class: &str) -> String {
+    let backend = if class == CPU_CLASS { Backend::Cpu } else { Backend::Cuda };
+    let usual = ABILITIES.iter().find(|ability| ability.backend == backend);
+    let format = usual.map_or_else(|| "-".to_owned(), |ability| Format(*ability).to_string());
+    format!("{format} · TP 1 · {class}")
+}
+
+/// Microseconds in three digits: `940 µs`, `5.0 ms`, `61 ms`, `1.2 s`.
+pub fn time(microseconds: u64) -> String {
+    let amount = microseconds as f64;
+    let (amount, unit) = match microseconds {
+        0..1_000 => (amount, "µs"),
+        1_000..1_000_000 => (amount / 1e3, "ms"),
+        _ => (amount / 1e6, "s"),
+    };
+    let places = usize::from(amount < 9.95 && unit != "µs");
+    format!("{amount:.places$} {unit}")
+}
+
+/// Millionths of a dollar: `$0.42`, `$0.0031`.
+pub fn dollars(millionths: u64) -> String {
+    let places = if millionths < 10_000 { 4 } else { 2 };
+    format!("${:.places$}", millionths as f64 / 1e6)
 }
 
 /// Three digits and a binary unit: `3.1 GiB`, `143 MiB`.
@@ -52,7 +94,7 @@ fn cpus(millis: u32) -> String {
     }
 }
 
-pub fn does_not_fit(spec: &Spec, candidate: &Candidate, least: &MemoryPlan) -> String {
+pub fn does_not_fit(spec: &Spec, candidate: &Candidate<'_>, least: &MemoryPlan) -> String {
     let MemoryPlan { weights, workspace, process, kv, kv_tokens } = *least;
     let capacity = candidate.capacity;
     format!(
@@ -91,8 +133,56 @@ pub fn request_too_long(request: u64, trained: u32) -> String {
     )
 }
 
-pub fn other_cache_dtype(wanted: Dtype, kept: Dtype) -> String {
-    format!("spec.cache.dtype asks for {}, and this keeps {}", dtype(wanted), dtype(kept))
+pub fn other_cache_dtype(wanted: KvDtype, kept: KvDtype) -> String {
+    format!("spec.cache.dtype asks for {}, and this keeps {}", kv_dtype(wanted), kv_dtype(kept))
+}
+
+pub fn other_wish(field: &str, wanted: &str, is: &str) -> String {
+    format!("{field} asks for {wanted}, and this is {is}: the engine of this version has no other")
+}
+
+pub fn below_quality(bits: u64, of: &str, field: &str, floor: u64) -> String {
+    format!("{bits} bits per {of} < spec.quality.{field} {floor}")
+}
+
+pub fn nothing_to_offload(demanded: u64) -> String {
+    format!("the card holds the {} tokens that the workload asks for", count(demanded))
+}
+
+pub fn no_window() -> String {
+    "no layer of the model has a window, so that nothing would be freed".to_owned()
+}
+
+pub fn indivisible(degree: u32, what: &str, count: u32) -> String {
+    format!("{degree} GPUs cannot divide {count} {what} evenly")
+}
+
+pub fn no_units(class: &str, what: &str) -> String {
+    format!("{class} has no units that multiply {what}")
+}
+
+pub fn too_many_gpus(wanted: u64, name: &str, bound: u64) -> String {
+    let gpus = if wanted == 1 { "GPU" } else { "GPUs" };
+    format!("{wanted} {gpus} > {name} {bound}")
+}
+
+pub fn too_few_gpus_together(degree: u32, of_a_node: u32) -> String {
+    format!("{degree} GPUs of one node > {of_a_node}, the most that a node of this class has")
+}
+
+pub fn left_out(classes: &[String]) -> String {
+    format!("spec.accelerators.classes allows {} only", classes.join(", "))
+}
+
+pub fn too_slow(name: &str, time_taken: u64, bound: u64) -> String {
+    format!("{name} {} > slo {}", time(time_taken), time(bound))
+}
+
+pub fn no_speed(candidate: &Candidate<'_>) -> String {
+    format!(
+        "no speed is known of {}, so that spec.slo cannot be kept by plan: leave it out, or use a class that docs/planner.md lists",
+        candidate.machine.class
+    )
 }
 
 pub fn heads_too_wide(head_dim: u32, widest: u32) -> String {
@@ -132,10 +222,6 @@ pub fn unlabelled_card(missing: &str) -> String {
     )
 }
 
-pub fn sliced_card() -> String {
-    "its cards are sliced by MIG, which is not planned with yet".to_owned()
-}
-
 pub fn shared_card(pods: u64) -> String {
     format!("each card is shared by {pods} pods, so that none can count on its memory")
 }
@@ -162,32 +248,10 @@ pub fn too_little_cpu(wanted: u32, available: u32) -> String {
     )
 }
 
-pub fn chosen(spec: &Spec, candidate: &Candidate, fitted: &Fitted) -> String {
-    let merit = match (candidate.ability.backend, candidate.preference) {
-        (Backend::Cuda, _) => "what runs on a GPU, which comes before CPUs",
-        (Backend::Cpu, 0) => "the most exact type",
-        (Backend::Cpu, _) => "the most exact type that carries the load",
-    };
-    let MemoryPlan { kv_tokens, .. } = fitted.memory;
-    let load = if fitted.carries_workload() {
-        String::new()
-    } else {
-        format!(", short of the {} that the workload asks for", count(fitted.demanded_tokens))
-    };
-    let of_what = of_what(spec, candidate);
-    format!(
-        "{} is {merit}; {} of {} {of_what}, with {} tokens of KV cache{load}",
-        dtype(candidate.ability.weights),
-        bytes(fitted.memory.total()),
-        bytes(candidate.capacity),
-        count(kv_tokens),
-    )
-}
-
 /// Where the bytes are that a pod may use, and why not more of them.
-fn of_what(spec: &Spec, candidate: &Candidate) -> String {
+fn of_what(spec: &Spec, candidate: &Candidate<'_>) -> String {
     if let Some(card) = &candidate.machine.card {
-        return of_card(&candidate.machine.class, card, &candidate.machine.best.name);
+        return of_card(candidate, card);
     }
     if spec.budget.memory_bytes == Some(candidate.capacity) {
         return "(spec.resources.memory)".to_owned();
@@ -195,14 +259,19 @@ fn of_what(spec: &Spec, candidate: &Candidate) -> String {
     of_node(&candidate.machine.best)
 }
 
-fn of_card(class: &str, card: &Card, node: &str) -> String {
+fn of_card(candidate: &Candidate<'_>, card: &Card) -> String {
     let Card { product: _, memory_bytes, driver_bytes, used_bytes } = card;
     let (whole, driver) = (bytes(*memory_bytes), bytes(*driver_bytes));
     let used = match used_bytes {
         0 => String::new(),
         used => format!(" and {} that other programs use", bytes(*used)),
     };
-    format!("on the {class} of {node} ({whole} less {driver} for driver and context{used})")
+    let (class, node) = (&candidate.machine.class, &candidate.machine.best.name);
+    let which = match candidate.tensor_parallel {
+        1 => format!("the {class}"),
+        degree => format!("each of {degree} {class}"),
+    };
+    format!("on {which} of {node} ({whole} less {driver} for driver and context{used})")
 }
 
 fn of_node(node: &NodeResources) -> String {
@@ -219,58 +288,35 @@ fn of_node(node: &NodeResources) -> String {
     }
 }
 
-/// How many pods find room, and what that means for an update.
-pub fn room(replicas: u64, held: u64) -> String {
+/// Where one pod more would have room, and not the budget.
+pub fn room_within(replicas: u64, gpus_max: u64) -> String {
+    let pods = if replicas == 1 { "replica" } else { "replicas" };
+    format!(
+        "room for {} {pods}, and one pod more would exceed spec.accelerators.maxGPUs {gpus_max}, so that {IN_PLACE}",
+        count(replicas)
+    )
+}
+
+pub fn free_cards(class: &str, free: u64, all: u64) -> String {
+    format!(" ({} of {} {class} are free)", count(free), count(all))
+}
+
+const IN_PLACE: &str = "an update ends an old pod before it starts a new one";
+
+/// How many pods find room, and what that means for an update; `free` says how many cards there are, where they are too few.
+pub fn room(replicas: u64, held: u64, free: &str) -> String {
     let pods = if replicas == 1 { "replica" } else { "replicas" };
     let all = count(replicas);
-    let in_place = "an update ends an old pod before it starts a new one";
     if held > replicas {
         format!("room for {all} {pods} and one pod more while they are replaced")
     } else if held == replicas {
-        format!("room for {all} {pods} and no pod more, so that {in_place}")
+        format!("room for {all} {pods} and no pod more, so that {IN_PLACE}")
     } else {
         format!(
-            "room for {} of {all} {pods} at the moment; the others wait as Unschedulable, and {in_place}",
+            "room for {} of {all} {pods} at the moment{free}; the others wait as Unschedulable, and {IN_PLACE}",
             count(held)
         )
     }
-}
-
-/// Why a plan that fits was not taken.
-pub fn passed_over(
-    best: &Candidate,
-    best_fit: &Fitted,
-    other: &Candidate,
-    other_fit: &Fitted,
-) -> String {
-    let fits = format!(
-        "fits with {} and {} tokens of KV cache",
-        bytes(other_fit.memory.total()),
-        count(other_fit.memory.kv_tokens),
-    );
-    let on_gpus = (best.machine.card.as_ref(), other.machine.card.as_ref());
-    if let (Some(_), None) = on_gpus {
-        return format!("{fits}, but {} comes before CPUs", best.machine.class);
-    }
-    let best_name = match on_gpus {
-        (Some(_), _) => best.machine.class.as_str(),
-        (None, _) => dtype(best.ability.weights),
-    };
-    if other_fit.served_tokens() < best_fit.served_tokens() {
-        return format!(
-            "holds {} of the {} tokens that the workload asks for, and {best_name} holds {}",
-            count(other_fit.memory.kv_tokens),
-            count(other_fit.demanded_tokens),
-            count(best_fit.memory.kv_tokens),
-        );
-    }
-    if let (Some(best_card), Some(card)) = on_gpus {
-        let (best_card, card) = (bytes(best_card.memory_bytes), bytes(card.memory_bytes));
-        return format!(
-            "{fits}, but {best_name} with {best_card} carries the load too and leaves the {card} to larger models"
-        );
-    }
-    format!("{fits}, but {best_name} is more exact and carries the load too")
 }
 
 #[cfg(test)]
@@ -285,6 +331,12 @@ mod tests {
         assert_eq!(bytes(1 << 30), "1.0 GiB");
         assert_eq!(count(65_536), "65,536");
         assert_eq!(count(999), "999");
+        assert_eq!(time(940), "940 µs");
+        assert_eq!(time(4976), "5.0 ms");
+        assert_eq!(time(61_000), "61 ms");
+        assert_eq!(time(1_240_000), "1.2 s");
+        assert_eq!(dollars(420_000), "$0.42");
+        assert_eq!(dollars(3_100), "$0.0031");
         assert_eq!(count(1_000_000), "1,000,000");
     }
 }

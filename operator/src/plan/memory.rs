@@ -1,15 +1,18 @@
 //! Does a candidate fit, and how much KV cache has room beside it? Pure; the sum is the contract's, which the engine
 //! computes again before it loads.
 
-use plimsoll_contract::abilities::{Backend, CUDA_HEAD_DIM_MAX, PAGE_TOKENS};
+use std::borrow::Cow;
+
+use plimsoll_contract::abilities::{Ability, Backend, CacheStrategy, PAGE_TOKENS};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_contract::memory::{self, MemoryPlan, StepLimits};
 use plimsoll_crds::Reason;
 
-use super::candidates::{Candidate, GPU_HOST_BYTES};
+use super::candidates::Candidate;
+use super::machines::GPU_HOST_BYTES;
 use super::{
-    CONCURRENCY_DEFAULT, GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX, REQUEST_TOKENS_DEFAULT,
-    STEP_TOKENS_MAX, explain,
+    CONCURRENCY_DEFAULT, GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX, Miss, REQUEST_TOKENS_DEFAULT,
+    Refusal, STEP_TOKENS_MAX, Unit, explain,
 };
 use crate::spec::{Spec, Workload};
 
@@ -37,12 +40,14 @@ pub struct Fitted {
     pub context_tokens: u32,
     /// KV tokens that the spec asks for, in so many words.
     pub demanded_tokens: u64,
+    /// KV tokens that lie in the host's memory.
+    pub host_tokens: u64,
 }
 
 impl Fitted {
     /// KV tokens that serve what the spec asks for.
     pub fn served_tokens(&self) -> u64 {
-        self.memory.kv_tokens.min(self.demanded_tokens)
+        (self.memory.kv_tokens + self.host_tokens).min(self.demanded_tokens)
     }
 
     pub fn carries_workload(&self) -> bool {
@@ -50,34 +55,26 @@ impl Fitted {
     }
 }
 
-/// The largest KV cache worth having, or the reason and the sum that refuse the candidate.
-pub fn fit(
-    spec: &Spec,
-    facts: &ModelFacts,
-    candidate: &Candidate,
-) -> Result<Fitted, (Reason, String)> {
-    refuse_what_memory_cannot_mend(spec, facts, candidate)?;
-    let Candidate { ability, capacity, ref machine, .. } = *candidate;
-    let (running_usual, step_tokens_max) = match ability.backend {
-        Backend::Cpu => (CONCURRENCY_DEFAULT, STEP_TOKENS_MAX),
-        Backend::Cuda => (GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX),
-    };
-    let running_max = spec.workload.concurrency.unwrap_or(running_usual);
-    let limits = StepLimits { step_tokens_max, running_max };
-    let need = Need::of(spec, facts);
-    let sum = |tokens: u64| {
-        let mut memory = memory::plan(facts, ability, limits, tokens);
-        memory.process += unplanned_bytes(spec, candidate);
-        memory
-    };
-    let fixed = sum(0).total();
-    let page = memory::kv_bytes(facts, ability, u64::from(PAGE_TOKENS)).max(1);
-    let room = |bytes: u64| (bytes.saturating_sub(fixed) / page) * u64::from(PAGE_TOKENS);
+/// The largest KV cache worth having, or the sum that refuses the candidate. On several GPUs all sizes are those of one.
+pub fn fit(spec: &Spec, facts: &ModelFacts, candidate: &Candidate<'_>) -> Result<Fitted, Refusal> {
+    let Candidate { ability, capacity, machine, .. } = *candidate;
+    let limits = limits(spec, ability.backend);
+    let need = Need::of(spec, facts, ability.strategy, limits.running_max);
+    let sizes = Sizes::of(facts, candidate, limits, need.context_wanted);
 
-    let least = sum(need.least);
+    // What lies in the host's memory needs no room on the card, but for the page that is being written.
+    let host_tokens_max = sizes.host_tokens_max(spec, candidate);
+    let on_card = |tokens: u64| tokens.saturating_sub(host_tokens_max).max(1);
+    let least = sizes.plan(on_card(need.least));
     if least.total() > capacity {
-        return Err((Reason::DoesNotFit, explain::does_not_fit(spec, candidate, &least)));
+        return Err(Refusal {
+            reason: Reason::DoesNotFit,
+            why: explain::does_not_fit(spec, candidate, &least),
+            miss: Some(Miss::new(Unit::Bytes, least.total(), capacity)),
+            memory: Some(least),
+        });
     }
+    let room = |bytes: u64| sizes.tokens_in(bytes);
     let tokens = match ability.backend {
         Backend::Cpu => {
             // Without a budget of its own a pod leaves half of the node to others, beyond what it cannot do without. Those
@@ -94,99 +91,118 @@ pub fn fit(
         Backend::Cuda => {
             // A card belongs to one pod, so that the rest of it may keep what was computed: at most as much as all
             // requests of a step could have, each at its longest.
-            let of_use = u64::from(running_max) * need.context_wanted;
+            let of_use = u64::from(limits.running_max) * need.context_wanted;
             let wanted = match spec.cache_tokens {
                 Some(_) => need.wanted,
                 None => need.wanted.max(of_use),
             };
-            wanted.min(room(capacity)).max(need.least)
+            wanted.min(room(capacity)).max(on_card(need.least))
         }
     };
-    let memory = sum(tokens);
-    let context = need.context_wanted.min(memory.kv_tokens);
+    if ability.strategy == CacheStrategy::Offloaded && tokens >= need.demanded {
+        let why = explain::nothing_to_offload(need.demanded);
+        return Err(Refusal::new(Reason::UnsupportedModel, why));
+    }
+    let memory = sizes.plan(tokens);
+    let host_tokens = host_tokens_max.min(need.wanted.saturating_sub(memory.kv_tokens));
+    let context = need.context_wanted.min(memory.kv_tokens + host_tokens);
     Ok(Fitted {
         memory,
         limits,
         context_tokens: u32::try_from(context).expect("no longer than what was wanted"),
         demanded_tokens: in_pages(need.demanded),
+        host_tokens,
     })
 }
 
-/// What engines on such a machine were found to need beside the sum.
-fn unplanned_bytes(spec: &Spec, candidate: &Candidate) -> u64 {
-    let here = spec.unplanned.as_ref().filter(|found| found.class == candidate.machine.class);
-    here.map_or(0, |found| found.bytes)
+fn limits(spec: &Spec, backend: Backend) -> StepLimits {
+    let (running_usual, step_tokens_max) = match backend {
+        Backend::Cpu => (CONCURRENCY_DEFAULT, STEP_TOKENS_MAX),
+        Backend::Cuda => (GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX),
+    };
+    let running_max = spec.workload.concurrency.unwrap_or(running_usual);
+    StepLimits { step_tokens_max, running_max }
 }
 
-fn refuse_what_memory_cannot_mend(
-    spec: &Spec,
-    facts: &ModelFacts,
-    candidate: &Candidate,
-) -> Result<(), (Reason, String)> {
-    if let Some(method) = &facts.quantization {
-        return Err((Reason::UnsupportedModel, explain::quantized_on_disk(method)));
-    }
-    if let Some(context) = spec.context_tokens.filter(|context| *context > facts.context_tokens) {
-        return Err((
-            Reason::InvalidSpec,
-            explain::context_too_long(context, facts.context_tokens),
-        ));
-    }
-    let Workload { prompt_tokens, output_tokens, .. } = spec.workload;
-    let request = u64::from(prompt_tokens.unwrap_or(0)) + u64::from(output_tokens.unwrap_or(0));
-    if request > u64::from(facts.context_tokens) {
-        return Err((
-            Reason::InvalidSpec,
-            explain::request_too_long(request, facts.context_tokens),
-        ));
-    }
-    if let Some(wanted) = spec.cache_dtype.filter(|dtype| *dtype != candidate.ability.kv) {
-        let why = explain::other_cache_dtype(wanted, candidate.ability.kv);
-        return Err((Reason::InvalidSpec, why));
-    }
-    let wanted_cpu = spec.budget.cpu_millis.unwrap_or(0);
-    let cpu_millis = candidate.machine.best.free_cpu_millis();
-    if wanted_cpu > cpu_millis {
-        let why = explain::too_little_cpu(wanted_cpu, cpu_millis);
-        return Err((Reason::DoesNotFit, why));
-    }
-    if candidate.ability.backend == Backend::Cuda {
-        refuse_what_a_card_cannot_mend(spec, facts, candidate)?;
-    }
-    Ok(())
+/// What one device holds of the model, and what its KV takes.
+struct Sizes<'a> {
+    shard: Cow<'a, ModelFacts>,
+    ability: Ability,
+    limits: StepLimits,
+    /// What engines on such a machine were found to need beside the sum: counted with the process.
+    overrun: u64,
+    /// Everything but KV.
+    fixed: u64,
+    page: u64,
 }
 
-/// A card does not help where the kernels do not take the model, or where the host beside it is too small.
-fn refuse_what_a_card_cannot_mend(
-    spec: &Spec,
-    facts: &ModelFacts,
-    candidate: &Candidate,
-) -> Result<(), (Reason, String)> {
-    if facts.head_dim > CUDA_HEAD_DIM_MAX {
-        let why = explain::heads_too_wide(facts.head_dim, CUDA_HEAD_DIM_MAX);
-        return Err((Reason::UnsupportedModel, why));
+impl<'a> Sizes<'a> {
+    fn of(
+        facts: &'a ModelFacts,
+        candidate: &Candidate<'_>,
+        limits: StepLimits,
+        context: u64,
+    ) -> Sizes<'a> {
+        let ability = candidate.ability;
+        let shard = match candidate.tensor_parallel {
+            1 => Cow::Borrowed(facts),
+            ranks => Cow::Owned(memory::shard(facts, ranks)),
+        };
+        let whole = memory::kv_bytes(&shard, ability, u64::from(PAGE_TOKENS));
+        let page = match (ability.strategy, facts.sliding_window) {
+            // Layers with a window keep that part of a sequence of full length which is in sight.
+            (CacheStrategy::SlidingWindow, Some(window)) => {
+                let layers = u64::from(facts.layers);
+                let windowed = u64::from(window.layers).min(layers);
+                let seen = u64::from(window.tokens).min(context.max(1));
+                let kept = (layers - windowed) * context.max(1) + windowed * seen;
+                let part =
+                    u128::from(whole) * u128::from(kept) / u128::from(layers * context.max(1));
+                u64::try_from(part).expect("a part of the whole")
+            }
+            _ => whole,
+        };
+        let overrun = candidate.overrun;
+        let fixed = memory::plan(&shard, ability, limits, 0).total() + overrun;
+        Sizes { shard, ability, limits, overrun, fixed, page: page.max(1) }
     }
-    let host = &candidate.machine.best;
-    let left = spec.budget.memory_bytes.unwrap_or(u64::MAX).min(host.free_bytes());
-    if left < GPU_HOST_BYTES {
-        return Err((Reason::DoesNotFit, explain::too_little_host(spec, host, GPU_HOST_BYTES)));
+
+    fn plan(&self, tokens: u64) -> MemoryPlan {
+        let plan = memory::plan(&self.shard, self.ability, self.limits, tokens);
+        let pages = plan.kv_tokens / u64::from(PAGE_TOKENS);
+        MemoryPlan { kv: pages * self.page, process: plan.process + self.overrun, ..plan }
     }
-    Ok(())
+
+    /// Tokens whose KV has room beside everything else.
+    fn tokens_in(&self, bytes: u64) -> u64 {
+        (bytes.saturating_sub(self.fixed) / self.page) * u64::from(PAGE_TOKENS)
+    }
+
+    /// Tokens whose KV may lie in the host's memory: at most half of what the engine itself leaves of it.
+    fn host_tokens_max(&self, spec: &Spec, candidate: &Candidate<'_>) -> u64 {
+        if self.ability.strategy != CacheStrategy::Offloaded {
+            return 0;
+        }
+        let budget = spec.budget.memory_bytes.unwrap_or(u64::MAX);
+        let free = budget.min(candidate.machine.best.free_bytes()).saturating_sub(GPU_HOST_BYTES);
+        let ranks = u64::from(candidate.tensor_parallel);
+        free / 2 / (self.page * ranks) * u64::from(PAGE_TOKENS)
+    }
 }
 
 /// KV tokens by how much they matter.
 struct Need {
     /// Without these the plan is refused.
     least: u64,
-    /// What the spec asks for; at least `least`.
+    /// What the spec asks for.
     demanded: u64,
-    /// What would be of use; at least `demanded`.
+    /// What would be of use; at least as much as the others.
     wanted: u64,
     context_wanted: u64,
 }
 
 impl Need {
-    fn of(spec: &Spec, facts: &ModelFacts) -> Need {
+    fn of(spec: &Spec, facts: &ModelFacts, strategy: CacheStrategy, running_max: u32) -> Need {
         let trained = u64::from(facts.context_tokens);
         let context = spec.context_tokens.map(u64::from);
         let context_wanted = context.unwrap_or(trained);
@@ -202,6 +218,11 @@ impl Need {
         let load = concurrency * request_or_usual;
         let says_load = request.is_some() || spec.workload.concurrency.is_some();
         let demanded = if says_load { load.max(least) } else { least };
+        if strategy == CacheStrategy::Static {
+            // Every sequence that may run holds its longest length, and nothing else is of use.
+            let held = u64::from(running_max) * least;
+            return Need { least: held, demanded, wanted: held, context_wanted: least };
+        }
         Need { least, demanded, wanted: demanded.max(context_wanted).max(load), context_wanted }
     }
 }

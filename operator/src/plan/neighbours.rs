@@ -1,10 +1,11 @@
-//! Pods enter; the memory and CPU that each asks of its node leave, as the scheduler counts them. Pure.
+//! Pods enter; the memory, CPU and GPUs that each asks of its node leave, as the scheduler counts them. Pure.
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{Container, Pod, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
+use super::{Quota, cards};
 use crate::amount;
 
 /// What a pod asks of its node, or several together.
@@ -12,6 +13,7 @@ use crate::amount;
 pub struct Asked {
     pub memory_bytes: u64,
     pub cpu_millis: u64,
+    pub gpus: u64,
 }
 
 impl Asked {
@@ -19,6 +21,7 @@ impl Asked {
         Asked {
             memory_bytes: self.memory_bytes + other.memory_bytes,
             cpu_millis: self.cpu_millis + other.cpu_millis,
+            gpus: self.gpus + other.gpus,
         }
     }
 
@@ -26,6 +29,7 @@ impl Asked {
         Asked {
             memory_bytes: self.memory_bytes.max(other.memory_bytes),
             cpu_millis: self.cpu_millis.max(other.cpu_millis),
+            gpus: self.gpus.max(other.gpus),
         }
     }
 }
@@ -37,6 +41,8 @@ pub struct Neighbours {
     pub asked: BTreeMap<String, Asked>,
     /// Only pods of one namespace could be seen.
     pub namespaced: bool,
+    /// What the object's namespace may still ask for.
+    pub quota: Quota,
 }
 
 /// The node of a bound pod and what it asks for there: its containers together, or what starting up takes if that is
@@ -61,6 +67,8 @@ pub fn asked(pod: &Pod) -> Option<(&str, Asked)> {
     let asked = Asked {
         memory_bytes: given(whole.memory_bytes, parts.memory_bytes),
         cpu_millis: given(whole.cpu_millis, parts.cpu_millis),
+        // A pod as a whole cannot ask for devices.
+        gpus: parts.gpus,
     };
     Some((node, asked.plus(amounts(spec.overhead.as_ref()))))
 }
@@ -74,6 +82,7 @@ fn amounts(amounts: Option<&BTreeMap<String, Quantity>>) -> Asked {
     Asked {
         memory_bytes: of("memory").and_then(|found| amount::units(&found.0)).unwrap_or(0),
         cpu_millis: of("cpu").and_then(|found| amount::millis(&found.0)).unwrap_or(0),
+        gpus: of(cards::RESOURCE).and_then(|found| amount::units(&found.0)).unwrap_or(0),
     }
 }
 
@@ -99,6 +108,16 @@ mod tests {
             container["restartPolicy"] = "Always".into();
         }
         container
+    }
+
+    #[test]
+    fn a_pod_holds_the_gpus_that_its_containers_ask_for() {
+        let gpus =
+            |gpus: &str| json!({"resources": {"requests": {cards::RESOURCE: gpus}}, "name": "g"});
+        let pod = json!({"metadata": {"name": "p"}, "spec": {"nodeName": "a",
+            "initContainers": [gpus("1")], "containers": [gpus("2"), gpus("1"), {"name": "without"}]}});
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        assert_eq!(asked(&pod).unwrap().1.gpus, 3);
     }
 
     #[test]

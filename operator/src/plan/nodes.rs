@@ -19,6 +19,9 @@ pub struct NodeResources {
     pub pods_seen: PodsSeen,
     pub cpu_millis: u32,
     pub gpus: Gpus,
+    /// Cards that its device plugin offers, and those of them that others' pods hold, as far as they were seen.
+    pub gpu_count: u32,
+    pub asked_gpus: u32,
     pub open_to: OpenTo,
 }
 
@@ -45,6 +48,10 @@ impl NodeResources {
 
     pub fn free_cpu_millis(&self) -> u32 {
         self.cpu_millis.saturating_sub(self.asked_cpu_millis)
+    }
+
+    pub fn free_gpus(&self) -> u32 {
+        self.gpu_count.saturating_sub(self.asked_gpus)
     }
 }
 
@@ -110,6 +117,8 @@ fn resources(node: &Node, neighbours: &Neighbours) -> Option<NodeResources> {
         memory_bytes: amount::units(&allocatable.get("memory")?.0)?,
         cpu_millis: u32::try_from(amount::millis(&allocatable.get("cpu")?.0)?).unwrap_or(u32::MAX),
         gpus: cards::of_node(node),
+        gpu_count: cards::offered(node),
+        asked_gpus: u32::try_from(asked.gpus).unwrap_or(u32::MAX),
         open_to: OpenTo::All,
     })
 }
@@ -145,14 +154,16 @@ mod tests {
             pods_seen: PodsSeen::All,
             cpu_millis: 1930,
             gpus: Gpus::None,
+            gpu_count: 0,
+            asked_gpus: 0,
             open_to: OpenTo::All,
         };
         assert_eq!(free.free_bytes(), (16_384_256 << 10) - (5 << 20));
         assert_eq!(free.free_cpu_millis(), 1000);
-        let asked = |memory_bytes| Asked { memory_bytes, cpu_millis: 930 };
+        let asked = |memory_bytes| Asked { memory_bytes, cpu_millis: 930, gpus: 0 };
         let asked =
             [("free".to_owned(), asked(5 << 20)), ("control".to_owned(), asked(9 << 20))].into();
-        let neighbours = Neighbours { asked, namespaced: false };
+        let neighbours = Neighbours { asked, ..Neighbours::default() };
         assert_eq!(nodes(&all, &neighbours), [free]);
         assert_eq!(nodes(&[node("control", tainted)], &neighbours).len(), 1);
         assert_eq!(nodes(&[node("cordoned", json!({"unschedulable": true}))], &neighbours), []);

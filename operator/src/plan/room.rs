@@ -1,5 +1,5 @@
 //! How many pods of a chosen plan find room on the nodes there are, and so how an update replaces them. Pure. What the
-//! nodes have left counts, as memory and CPU that pods request; how many of their GPUs are free is not known.
+//! nodes have left counts: memory, CPU and GPUs that no other pod asks for.
 
 use serde::{Deserialize, Serialize};
 
@@ -21,8 +21,36 @@ pub enum Update {
 pub fn room(spec: &Spec, plan: &Plan, nodes: &[NodeResources]) -> (Update, String) {
     let replicas = u64::from(spec.replicas.max(1));
     let held = pods(plan, nodes);
+    let one_more = (replicas + 1) * u64::from(plan.tensor_parallel);
+    let gpus_max = match plan.device {
+        Device::Cpu => None,
+        Device::Cuda { .. } => spec.preferences.gpus_max.map(u64::from),
+    };
+    if let Some(bound) = gpus_max.filter(|bound| held > replicas && one_more > *bound) {
+        return (Update::InPlace, explain::room_within(replicas, bound));
+    }
     let update = if held > replicas { Update::Surge } else { Update::InPlace };
-    (update, explain::room(replicas, held))
+    let waiting = match plan.device {
+        Device::Cuda { .. } if held < replicas => free_cards(plan, nodes),
+        _ => String::new(),
+    };
+    (update, explain::room(replicas, held, &waiting))
+}
+
+/// How many cards of the plan's kind there are, and how many of them no other pod holds.
+fn free_cards(plan: &Plan, nodes: &[NodeResources]) -> String {
+    let mine: Vec<_> = nodes.iter().filter(|node| takes(plan, node)).collect();
+    let all = mine.iter().map(|node| u64::from(node.gpu_count)).sum();
+    let free = mine.iter().map(|node| u64::from(node.free_gpus())).sum();
+    explain::free_cards(&plan.accelerator, free, all)
+}
+
+fn takes(plan: &Plan, node: &NodeResources) -> bool {
+    match (&plan.device, &node.gpus) {
+        (Device::Cpu, _) => node.open_to == OpenTo::All,
+        (Device::Cuda { product }, Gpus::Card(card)) => card.product == *product,
+        (Device::Cuda { .. }, _) => false,
+    }
 }
 
 fn pods(plan: &Plan, nodes: &[NodeResources]) -> u64 {
@@ -30,16 +58,15 @@ fn pods(plan: &Plan, nodes: &[NodeResources]) -> u64 {
         Device::Cpu => plan.memory.total(),
         Device::Cuda { .. } => GPU_HOST_BYTES,
     };
-    let takes = |node: &&NodeResources| match (&plan.device, &node.gpus) {
-        (Device::Cpu, _) => node.open_to == OpenTo::All,
-        (Device::Cuda { product }, Gpus::Card(card)) => card.product == *product,
-        (Device::Cuda { .. }, _) => false,
-    };
     let on = |node: &NodeResources| {
         let by_cpu = u64::from(node.free_cpu_millis()) / u64::from(plan.cpu_millis.max(1));
-        (node.free_bytes() / memory.max(1)).min(by_cpu)
+        let by_gpu = match plan.device {
+            Device::Cpu => u64::MAX,
+            Device::Cuda { .. } => u64::from(node.free_gpus() / plan.tensor_parallel.max(1)),
+        };
+        (node.free_bytes() / memory.max(1)).min(by_cpu).min(by_gpu)
     };
-    nodes.iter().filter(takes).map(on).sum()
+    nodes.iter().filter(|node| takes(plan, node)).map(on).sum()
 }
 
 #[cfg(test)]

@@ -28,6 +28,7 @@ use tokio::sync::{Mutex, watch};
 use crate::desired::Settings;
 use crate::metrics::Metrics;
 use crate::observe;
+use crate::plan::Prices;
 use crate::reconcile::{Considered, Context};
 use crate::run;
 use world::World;
@@ -120,6 +121,7 @@ fn live(world: &Arc<World>, settings: Settings, story: impl AsyncFnOnce()) -> En
             settings,
             clock: Arc::new(move || clock.clock()),
             considered: Considered::default(),
+            prices: Prices::listed(&[]).unwrap(),
             measurements: Arc::default(),
         });
         let (_stop, stopped) = watch::channel(false);

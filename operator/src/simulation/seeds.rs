@@ -12,8 +12,9 @@ use super::*;
 const SEEDS: u64 = 60;
 /// Acts of one world.
 const ACTS_MAX: u64 = 6;
-/// More than a watch or a reconcile that has failed often waits before it tries again.
-const BACK_OFF_SECONDS_MAX: u32 = 150;
+/// More than a watch or a reconcile that has failed often waits before it tries again, and than the deadline of a
+/// Deployment whose pods never serve.
+const SETTLE_SECONDS: u32 = 750;
 /// The operator's clock is off by up to this.
 const SKEW_SECONDS_MAX: u64 = 7_200;
 
@@ -63,7 +64,7 @@ fn one_world(seed: u64) -> (usize, u64) {
             wait(&world, 20).await;
             world.set_faults(None);
             world.end_never();
-            wait(&world, BACK_OFF_SECONDS_MAX).await;
+            wait(&world, SETTLE_SECONDS).await;
             rest(&world).await;
         });
         if ended == Ended::Told {

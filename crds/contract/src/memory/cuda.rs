@@ -2,8 +2,8 @@
 //! tests hold both sums together), on a Hopper card with [`PROCESSORS`] and with the longest context. A shorter context
 //! needs less; other cards differ by what their products leave for each other, some ten MiB either way.
 
-use super::StepLimits;
-use crate::abilities::PAGE_TOKENS;
+use super::{StepLimits, matrices_bytes};
+use crate::abilities::{Ability, PAGE_TOKENS};
 use crate::facts::ModelFacts;
 
 /// Columns and rows of stored matrices come in panels of this many.
@@ -65,10 +65,11 @@ impl Widths {
 }
 
 /// Every tensor, where it begins included.
-pub fn weights_bytes(facts: &ModelFacts) -> u64 {
+pub fn weights_bytes(facts: &ModelFacts, ability: Ability) -> u64 {
     let w = Widths::of(facts);
     // Of whole tiles, so that the next tensor begins where they end.
-    let matrices = w.hidden * (w.qkv() + w.attended() + 3 * w.intermediate) * ELEMENT;
+    let parameters = w.hidden * (w.qkv() + w.attended() + 3 * w.intermediate);
+    let matrices = matrices_bytes(parameters, ability);
     let vector = |elements: u64| (elements * ELEMENT).next_multiple_of(TENSOR_ALIGNMENT);
     let vectors: u64 = layer_vectors(facts, &w).into_iter().map(vector).sum();
     let vocabulary = w.vocabulary * w.hidden * ELEMENT;

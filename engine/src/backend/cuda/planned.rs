@@ -24,7 +24,7 @@ mod tests {
     use super::*;
     use crate::model::{Config, NAMES, Plan, facts_of, named};
 
-    const BF16: Ability = Ability { backend: Backend::Cuda, weights: Dtype::Bf16, kv: Dtype::Bf16 };
+    const BF16: Ability = Ability::plain(Backend::Cuda, Dtype::Bf16);
 
     /// One of each: narrow and padded heads, tied and untied, biases, norms of heads, odd vocabularies.
     const GOLDENS: [&str; 9] = [
