@@ -17,6 +17,7 @@ help: ## List every command
 include tests/cluster.mk
 include tests/gpu.mk
 include tests/scaling/scaling.mk
+include tests/soak.mk
 
 .PHONY: build
 build: ## Compile both programs into target/release

@@ -14,14 +14,14 @@ pub use reasons::{ConditionType, Reason};
 pub use schema::Amount;
 pub use spec::{
     Accelerators, AccessMode, Auth, Cache, CacheDtype, Clients, Credentials, LLMDeployment,
-    LLMDeploymentSpec, Model, Network, Objective, PlanApply, PlanPolicy, Quality,
-    QuantizationChoice, Resources, Rollout, Scaling, SecretKey, Slo, Storage, StrategyChoice,
-    Workload,
+    LLMDeploymentSpec, Model, Network, Objective, OperatorUpgrade, PlanApply, PlanPolicy, Quality,
+    QuantizationChoice, Resources, Rollout, RolloutStrategy, Scaling, SecretKey, Slo, Storage,
+    StrategyChoice, Workload,
 };
 pub use status::{
     CacheStatus, LLMDeploymentStatus, MeasuredStatus, MemoryStatus, ModelStatus, OfferStatus,
     PlanCause, PlanChange, PlanStatus, PredictedStatus, RejectedStatus, ReplicaCapacity,
-    ScalingDecision, ScalingStatus,
+    RolloutState, RolloutStatus, ScalingDecision, ScalingStatus,
 };
 
 /// Longest `metadata.name`: children append up to ten characters and must stay DNS labels of 63.

@@ -87,6 +87,8 @@ pub enum Reason {
     EngineLoading,
     EngineReady,
     RollingOut,
+    RolloutStopped,
+    RolledBack,
     ScaledToZero,
     ScalingOnMetrics,
     PrometheusNotSet,
@@ -133,6 +135,8 @@ impl Reason {
         Reason::EngineLoading,
         Reason::EngineReady,
         Reason::RollingOut,
+        Reason::RolloutStopped,
+        Reason::RolledBack,
         Reason::ScaledToZero,
         Reason::ScalingOnMetrics,
         Reason::PrometheusNotSet,
@@ -183,6 +187,8 @@ impl Reason {
             Reason::InvalidSpec
             | Reason::SourceNotAllowed
             | Reason::ChildRejected
+            | Reason::RolloutStopped
+            | Reason::RolledBack
             | Reason::PlanNotPinned
             | Reason::PinnedPlanGone
             | Reason::DoesNotFit
@@ -294,7 +300,17 @@ impl Reason {
             Reason::RollingOut => (
                 "RollingOut",
                 "Pods of an older revision are being replaced; they serve until the new ones are ready, or, where `status.plan.why` says that there is no room for one more pod, until their place is needed.",
-                "Wait.",
+                "Wait. `status.rollout` says how pods are replaced and why.",
+            ),
+            Reason::RolloutStopped => (
+                "RolloutStopped",
+                "Pods of the new revision did not become ready for longer than a start takes; older pods go on serving.",
+                "Correct what the message names, or set the spec back to the old value: that takes the old revision again, at once.",
+            ),
+            Reason::RolledBack => (
+                "RolledBack",
+                "The revision for this spec failed after it had taken the place of an older pod, so that the last revision that served was put back; `status.rollout` says how long nothing answered.",
+                "Correct the spec, or set it back. To try the same once more: `kubectl annotate deployment NAME plimsoll.dev/rollout-`.",
             ),
             Reason::ScaledToZero => (
                 "ScaledToZero",

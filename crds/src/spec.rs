@@ -480,6 +480,34 @@ pub struct Rollout {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub drain_seconds: Option<i32>,
+
+    /// Surge: a new pod is ready before an old one leaves, and an update waits until there is room for one pod more.
+    /// Recreate: an old pod leaves before a new one starts, one at a time. Auto: Surge where there is room, else Recreate;
+    /// status.rollout says which and why. Absent: Auto.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<RolloutStrategy>,
+
+    /// Pinned: another version of the operator changes no running pod; the next change of the spec takes what is new.
+    /// Follow: pods are replaced when the operator brings another engine or another way to run it. Absent: Pinned.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operator_upgrade: Option<OperatorUpgrade>,
+}
+
+/// How pods of a new revision take the places of older ones.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RolloutStrategy {
+    #[default]
+    Auto,
+    Surge,
+    Recreate,
+}
+
+/// What another version of the operator does to pods that run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum OperatorUpgrade {
+    #[default]
+    Pinned,
+    Follow,
 }
 
 /// Who may reach the engine.

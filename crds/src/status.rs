@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::schema;
+use crate::spec::RolloutStrategy;
 
 /// What Plimsoll found, planned and runs. Losing it loses nothing: it mirrors the object's ControllerRevision and pods.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -64,6 +65,44 @@ pub struct LLMDeploymentStatus {
     /// How many replicas the scaling loop wants, and why. Present where spec.scaling is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scaling: Option<ScalingStatus>,
+
+    /// How pods of the revision that the spec asks for take the places of older ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout: Option<RolloutStatus>,
+}
+
+/// How pods of one revision take the places of older ones.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RolloutStatus {
+    /// Name of the ControllerRevision that is rolled out.
+    #[schemars(length(max = 253))]
+    pub revision: String,
+
+    /// Progressing; Complete once only its pods run and all answer; Stopped where its pods do not serve and older ones go
+    /// on; RolledBack where it failed in place and the last good revision serves again.
+    pub state: RolloutState,
+
+    /// Surge or Recreate, as it was done.
+    pub strategy: RolloutStrategy,
+
+    /// One sentence: why so.
+    #[schemars(length(max = 1024))]
+    pub why: String,
+
+    /// Seconds in which no pod answered while pods were replaced. Absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub outage_seconds: Option<i64>,
+}
+
+/// How far a rollout is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RolloutState {
+    Progressing,
+    Complete,
+    Stopped,
+    RolledBack,
 }
 
 /// What the checkpoint is.

@@ -14,7 +14,7 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 
 use crate::desired::{Identity, names};
-use crate::fields::{differs, digest, impose};
+use crate::fields::{difference, digest, impose};
 use crate::metrics::Metrics;
 use crate::observe::{Cached, Caches};
 
@@ -62,6 +62,19 @@ pub enum ApplyError {
     Api { kind: String, name: String, source: kube::Error },
 }
 
+/// What applying an object took.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// Nothing: the cluster held it already.
+    Unchanged,
+    /// A write, because we want something else than before.
+    Changed,
+    /// A write, because another hand had changed what we had sent: the path of the first field that differed.
+    Repaired(String),
+    /// A write, because it was not there.
+    Created,
+}
+
 /// Writes for one object of ours.
 pub struct Writer<'a> {
     pub client: &'a Client,
@@ -82,12 +95,12 @@ pub enum Owner<'a> {
 }
 
 impl Writer<'_> {
-    /// Makes the cluster hold `want`; true when that took a write.
+    /// Makes the cluster hold `want`.
     pub async fn apply<K: Cached>(
         &self,
         want: &Want<K>,
         owner: Owner<'_>,
-    ) -> Result<bool, ApplyError> {
+    ) -> Result<Applied, ApplyError> {
         let (namespace, name) = (want.namespace(), want.name());
         let mut body = want.body.clone();
         // A field we stop sending shows in no comparison with the live object; it shows here.
@@ -98,12 +111,17 @@ impl Writer<'_> {
             // The cache sees only what carries our label. Before we create, we ask whether the name is free.
             None => api.get_opt(name).await.map_err(|source| failed(want, source))?.map(Into::into),
         };
+        let mut applied = Applied::Created;
         if let Some(live) = &live {
             check_owner(live.as_ref(), owner)?;
-            let live = serde_json::to_value(live.as_ref()).expect("objects of the API are JSON");
-            if !differs(&body, &live) {
-                return Ok(false);
-            }
+            let held = serde_json::to_value(live.as_ref()).expect("objects of the API are JSON");
+            let Some(field) = difference(&body, &held) else { return Ok(Applied::Unchanged) };
+            let sent = &body["metadata"]["annotations"][names::APPLIED];
+            let told = live.annotations().get(names::APPLIED).map(String::as_str);
+            applied = match told.is_none() || told == sent.as_str() {
+                true => Applied::Repaired(field),
+                false => Applied::Changed,
+            };
         }
         let params = PatchParams::apply(names::MANAGER).force();
         let answer = match (api.patch(name, &params, &Patch::Apply(&body)).await, live) {
@@ -118,7 +136,7 @@ impl Writer<'_> {
         };
         let written = answer.map_err(|source| failed(want, source))?;
         self.wrote(&written, "applied").await;
-        Ok(true)
+        Ok(applied)
     }
 
     /// Creates `want` where it is absent, and never changes it after; true when that took a write. Revisions and what

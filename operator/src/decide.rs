@@ -376,6 +376,7 @@ async fn freeze(
     let replaced = before.filter(|_| cause != PlanCause::SpecChanged);
     let content = Content {
         template_version: revision::TEMPLATE_VERSION,
+        engine_image: Some(context.settings.engine_image.clone()),
         spec_digest: case.digest.to_owned(),
         model_key: key,
         shared_download: matches!(place, Place::Download { .. }),
@@ -437,13 +438,19 @@ async fn learn(
     pass: &mut Pass,
 ) -> Result<Option<ModelFacts>, ApplyError> {
     let Wanted { identity, key, .. } = *wanted;
-    match inspect::step(&context.writer(), wanted).await? {
+    match inspect::step(&context.writer(), wanted, (context.clock)()).await? {
         Model::Known(facts) | Model::Told(facts) => {
             pass.model = Some(status::model_ready(&status::model(&facts), note));
             Ok(Some(*facts))
         }
         missing => {
-            pass.again = inspect::again(&missing, &context.caches, &identity.namespace, key);
+            pass.again = inspect::again(
+                &missing,
+                &context.caches,
+                &identity.namespace,
+                key,
+                (context.clock)(),
+            );
             pass.model = Some(status::model_missing(&missing, key));
             Ok(None)
         }
@@ -457,7 +464,7 @@ async fn rehearsed(
     identity: &Identity,
     context: &Context,
 ) -> Result<serde_json::Value, ApplyError> {
-    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge);
+    let trial = deployment::deployment(identity, "rehearsal", &template, 0, Update::Surge, None);
     let answered = context.writer().rehearse(&trial).await?;
     Ok(fields::settled(&template, &answered["spec"]["template"]))
 }

@@ -6,7 +6,12 @@ use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::events::{Event, EventType, Recorder};
 use kube::{Resource, ResourceExt};
-use plimsoll_crds::{ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus};
+use plimsoll_crds::{
+    ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus, RolloutState, RolloutStatus,
+};
+
+use crate::apply::{Applied, Want};
+use crate::observe::Cached;
 
 /// Events take at most 1 KiB of text.
 const NOTE_CHARACTERS_MAX: usize = 900;
@@ -51,6 +56,8 @@ pub fn transitions(
         }
     }
     events.extend(scaled(before, after));
+    events
+        .extend(rolled(before.and_then(|before| before.rollout.as_ref()), after.rollout.as_ref()));
     let was = held(before, ConditionType::Stalled);
     if let Some(is) = held(Some(after), ConditionType::Stalled)
         && was.is_none_or(|was| was.reason != is.reason)
@@ -75,6 +82,72 @@ fn scaled(before: Option<&LLMDeploymentStatus>, after: &LLMDeploymentStatus) -> 
 
 fn values(changed: &[String]) -> String {
     if changed.is_empty() { "no value differs".to_owned() } else { changed.join(", ") }
+}
+
+/// A rollout that came to its end, with what it cost.
+fn rolled(before: Option<&RolloutStatus>, after: Option<&RolloutStatus>) -> Option<Event> {
+    let (before, after) = (before?, after?);
+    let name = &after.revision;
+    let outage = after
+        .outage_seconds
+        .map(|seconds| format!("no pod answered for {seconds} s; {}", after.why));
+    let told = before.outage_seconds != after.outage_seconds;
+    match (after.state, outage) {
+        (RolloutState::Complete | RolloutState::RolledBack, Some(outage)) if told => {
+            let note = format!("rollout to {name}: {outage}");
+            Some(of_revision(event(EventType::Warning, "Outage", "Roll", note), name))
+        }
+        (RolloutState::Stopped, _) if before.state != RolloutState::Stopped => {
+            let note = format!("rollout to {name} has stopped; older pods go on serving");
+            Some(of_revision(event(EventType::Warning, "RolloutStopped", "Roll", note), name))
+        }
+        _ => None,
+    }
+}
+
+/// A child of ours that another hand had touched and that was put right.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Repair {
+    child: ObjectReference,
+    note: String,
+}
+
+/// What is to be told of a child that took a write, where it was there before (`stood`); None where no other hand had
+/// touched it.
+pub fn repair<K: Cached>(want: &Want<K>, applied: &Applied, stood: bool) -> Option<Repair> {
+    let (kind, name) = (K::kind(&()), want.name());
+    let (field, note) = match applied {
+        Applied::Repaired(field) => (
+            Some(field.clone()),
+            format!(
+                "{kind} {name}: {field} was changed by another hand and is set back; \
+                 change the LLMDeployment instead"
+            ),
+        ),
+        Applied::Created if stood => {
+            (None, format!("{kind} {name} was deleted by another hand and is made again"))
+        }
+        Applied::Created | Applied::Changed | Applied::Unchanged => return None,
+    };
+    let child = ObjectReference {
+        api_version: Some(K::api_version(&()).into_owned()),
+        kind: Some(kind.into_owned()),
+        namespace: Some(want.namespace().to_owned()),
+        name: Some(name.to_owned()),
+        field_path: field,
+        ..ObjectReference::default()
+    };
+    Some(Repair { child, note })
+}
+
+/// Events of what was put right. The child is part of each, because events that differ in their words alone are counted as
+/// one.
+pub fn repairs(told: &[Repair]) -> Vec<Event> {
+    let tell = |Repair { child, note }: &Repair| Event {
+        secondary: Some(child.clone()),
+        ..event(EventType::Warning, "Repaired", "Repair", note.clone())
+    };
+    told.iter().map(tell).collect()
 }
 
 fn event(type_: EventType, reason: &str, action: &str, note: String) -> Event {

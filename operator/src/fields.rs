@@ -11,21 +11,40 @@ use sha2::{Digest, Sha256};
 const LIST_KEYS: &[&str] = &["uid", "mountPath", "containerPort", "topologyKey", "name"];
 
 /// True where `live` lacks a field of `want` or has another value there. Fields that only `live` has are others'.
+#[cfg(test)]
 pub fn differs(want: &Value, live: &Value) -> bool {
+    difference(want, live).is_some()
+}
+
+/// The path of the first field of `want` that `live` lacks or has another value for (`spec.replicas`), empty where the
+/// whole is another. Fields that only `live` has are others'.
+pub fn difference(want: &Value, live: &Value) -> Option<String> {
     match (want, live) {
-        (Value::Object(want), Value::Object(live)) => want
-            .iter()
-            .any(|(name, field)| live.get(name).is_none_or(|other| differs(field, other))),
+        (Value::Object(want), Value::Object(live)) => want.iter().find_map(|(name, field)| {
+            let inner =
+                live.get(name).map_or(Some(String::new()), |held| difference(field, held))?;
+            Some(joined(name, &inner))
+        }),
         (Value::Array(want), Value::Array(live)) => match list_key(want) {
-            Some(key) => want
-                .iter()
-                .any(|item| find(live, key, &item[key]).is_none_or(|other| differs(item, other))),
-            None => {
-                want.len() != live.len()
-                    || want.iter().zip(live).any(|(item, other)| differs(item, other))
-            }
+            Some(key) => want.iter().find_map(|item| {
+                let held = find(live, key, &item[key]);
+                let inner = held.map_or(Some(String::new()), |held| difference(item, held))?;
+                let name = item[key].as_str().map_or_else(|| item[key].to_string(), str::to_owned);
+                Some(joined(&format!("[{name}]"), &inner))
+            }),
+            None if want.len() != live.len() => Some(String::new()),
+            None => want.iter().zip(live).find_map(|(item, held)| difference(item, held)),
         },
-        (want, live) => want != live,
+        (want, live) => (want != live).then(String::new),
+    }
+}
+
+/// `spec` and `replicas` are `spec.replicas`; `ports` and `[http]` are `ports[http]`.
+fn joined(name: &str, inner: &str) -> String {
+    match inner {
+        "" => name.to_owned(),
+        inner if inner.starts_with('[') => format!("{name}{inner}"),
+        inner => format!("{name}.{inner}"),
     }
 }
 
@@ -184,6 +203,27 @@ mod tests {
         ] {
             assert!(differs(&want, &live), "{live}");
         }
+    }
+
+    #[test]
+    fn the_first_field_that_differs_is_named_by_its_path() {
+        let want = json!({"spec": {"replicas": 2, "ports": [{"name": "http", "port": 80}], "args": ["a"]}});
+        for (live, path) in [
+            (json!({"spec": {"replicas": 5, "ports": []}}), "spec.replicas"),
+            (
+                json!({"spec": {"replicas": 2, "ports": [{"name": "http", "port": 81}]}}),
+                "spec.ports[http].port",
+            ),
+            (json!({"spec": {"replicas": 2, "ports": []}}), "spec.ports[http]"),
+            (
+                json!({"spec": {"replicas": 2, "ports": want["spec"]["ports"], "args": []}}),
+                "spec.args",
+            ),
+            (json!({}), "spec"),
+        ] {
+            assert_eq!(difference(&want, &live).as_deref(), Some(path), "{live}");
+        }
+        assert_eq!(difference(&want, &want), None);
     }
 
     #[test]

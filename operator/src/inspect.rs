@@ -35,10 +35,14 @@ pub struct Wanted<'a> {
 }
 
 /// One step towards knowing the model, and what is known before it.
-pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, ApplyError> {
+pub async fn step(
+    writer: &Writer<'_>,
+    wanted: &Wanted<'_>,
+    now: Timestamp,
+) -> Result<Model, ApplyError> {
     let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
     let downloads = matches!(wanted.place, Place::Download { .. });
-    let model = facts::look(&seen, downloads, Timestamp::now());
+    let model = facts::look(&seen, downloads, now);
     let outgrown = seen.job.as_ref().is_some_and(|job| wanted.outgrew(job));
     match &model {
         Model::Unseen => {
@@ -70,7 +74,7 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
     }
     // Last, since facts that the Job has told are stored by now.
     if let Some(job) = &seen.job
-        && facts::is_spent(&model, outgrown, retry_in(job).is_zero())
+        && facts::is_spent(&model, outgrown, retry_in(job, now).is_zero())
     {
         writer.delete(job.as_ref()).await?;
     }
@@ -78,13 +82,13 @@ pub async fn step(writer: &Writer<'_>, wanted: &Wanted<'_>) -> Result<Model, App
 }
 
 /// How long until a failed Job is tried again.
-fn retry_in(job: &Job) -> Duration {
+fn retry_in(job: &Job, now: Timestamp) -> Duration {
     let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let failed_at = conditions
         .filter(|held| held.type_ == "Failed")
         .find_map(|held| held.last_transition_time.as_ref());
     let Some(failed_at) = failed_at else { return RETRY_AFTER };
-    let passed = Timestamp::now().duration_since(failed_at.0);
+    let passed = now.duration_since(failed_at.0);
     RETRY_AFTER.saturating_sub(Duration::try_from(passed).unwrap_or_default())
 }
 
@@ -200,11 +204,17 @@ pub fn is_lost(caches: &Caches, namespace: &str, key: &str) -> bool {
 }
 
 /// When to look again at a model that is not known, where no watch will tell.
-pub fn again(model: &Model, caches: &Caches, namespace: &str, key: &str) -> Option<Duration> {
+pub fn again(
+    model: &Model,
+    caches: &Caches,
+    namespace: &str,
+    key: &str,
+    now: Timestamp,
+) -> Option<Duration> {
     if let Model::Looking { .. } = model {
-        return pods::look_again(&caches.labelled(namespace, names::MODEL, key), Timestamp::now());
+        return pods::look_again(&caches.labelled(namespace, names::MODEL, key), now);
     }
     let Model::Failed { retry: true, .. } = model else { return None };
     let job = caches.get::<Job>(namespace, &names::inspect_job(key));
-    Some(job.map_or(Duration::ZERO, |job| retry_in(&job)).max(Duration::from_secs(1)))
+    Some(job.map_or(Duration::ZERO, |job| retry_in(&job, now)).max(Duration::from_secs(1)))
 }

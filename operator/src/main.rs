@@ -26,9 +26,12 @@ mod plan;
 mod pods;
 mod reconcile;
 mod revision;
+mod rollout;
 mod run;
 mod scale;
 mod show;
+#[cfg(test)]
+mod simulation;
 mod spec;
 mod status;
 mod up;

@@ -1,4 +1,4 @@
-//! One reconcile: spec → observe → facts → plan → revision → desired → apply → status. This file holds the order of the
+//! One reconcile: spec → observe → facts → plan → revision → rollout → desired → apply → status. This file holds the order of the
 //! steps and what each hands to the next; the steps themselves are the files of those names.
 
 use std::collections::HashMap;
@@ -12,17 +12,19 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, Reason, ScalingStatus};
+use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, OperatorUpgrade, Reason, ScalingStatus};
 use tokio::sync::Mutex;
 
-use crate::apply::{ApplyError, Owner, Writer};
+use crate::apply::{Applied, ApplyError, Owner, Writer};
 use crate::decide::{self, Case};
 use crate::desired::{self, Children, Identity, Settings, Surroundings, protection, reach};
+use crate::events::Repair;
 use crate::measure::Measurements;
 use crate::metrics::Metrics;
 use crate::observe::{Caches, Seen};
 use crate::plan::Prices;
 use crate::revision::{self, Revision};
+use crate::rollout::{self, Rollout};
 use crate::scale::{self, Advices};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said, Scaled};
@@ -53,6 +55,8 @@ pub struct Context {
     pub prices: Prices,
     /// See [`Writer::sharing`].
     pub sharing: Mutex<()>,
+    /// Tells the time, as far as status and patience need it.
+    pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
     pub considered: Considered,
     pub measurements: Arc<Measurements>,
 }
@@ -84,9 +88,12 @@ pub struct Pass {
     pub model: Option<Said>,
     pub facts: Option<ModelFacts>,
     pub planned: Option<Said>,
-    /// The revision whose children stand after this pass.
-    pub revision: Option<Revision>,
-    pub revision_is_current: bool,
+    /// What stands after this pass.
+    pub rollout: Option<Rollout>,
+    /// The revision that answers to the spec, which stands unless it failed.
+    pub current: Option<Revision>,
+    /// What was put right after another hand.
+    pub repaired: Vec<Repair>,
     /// A plan that waits for a person.
     pub offered: Option<Revision>,
     /// Engines run out of memory, and no other plan helps: with what figures.
@@ -182,6 +189,10 @@ async fn forward(
     let standing = revision::standing_hash(object, seen.deployment.as_deref());
     let standing = standing.as_deref();
     let answering = revision::answering(&revisions, &digest, &spec.plan, standing);
+    let outdated = |revision: &Revision| {
+        spec.operator_upgrade == OperatorUpgrade::Follow
+            && revision::is_outdated(revision, &context.settings.engine_image)
+    };
 
     let deployed_replicas = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
     let deployed_replicas = deployed_replicas.and_then(|count| u32::try_from(count).ok());
@@ -198,33 +209,60 @@ async fn forward(
             pass.trouble = Some(barred);
             Ok(None)
         }
-        (None, Some(revision)) => decide::keep(&case, revision, pass).await.map(Some),
-        (None, None) => decide::decide(&case, pass).await,
+        (None, Some(revision)) if !outdated(revision) => {
+            decide::keep(&case, revision, pass).await.map(Some)
+        }
+        (None, held) => match (decide::decide(&case, pass).await, held) {
+            // What cannot be made anew for this operator goes on as it is.
+            (Ok(None), Some(held)) => decide::keep(&case, held, pass).await.map(Some),
+            (made, _) => made,
+        },
     };
     // What cannot be decided anew leaves what runs in place, and in repair.
-    let current = decided.as_ref().ok().and_then(Option::as_ref);
-    pass.revision_is_current = current.is_some();
-    pass.revision = current.or(revision::running(revisions, standing)).cloned();
-    if let Some(standing) = &pass.revision {
-        let plan = &standing.content.plan;
-        let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), Some(plan));
-        (pass.replicas, pass.held_to) = (replicas, held_to);
-        let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
-        if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
-            stand(standing, around, identity, context).await?;
-        }
-        release(spec, seen, context).await;
-        forget(revisions, Some(&standing.name), identity, context).await?;
-        if pass.revision_is_current {
-            let engines = pods::engines(&seen.pods, Some(&standing.hash), context.now().0);
-            let settled = engines.settled(replicas);
-            let key = &standing.content.model_key;
-            inspect::belong(&context.writer(), identity, key, settled).await?;
-        }
-    } else {
-        forget(revisions, None, identity, context).await?;
+    let failed = decided.map(|decided| pass.current = decided);
+    roll(object, &case, pass).await?;
+    failed
+}
+
+/// One step of the rollout to the revision that answers to the spec; without one, what runs is held.
+async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Result<(), ApplyError> {
+    let Case { spec, identity, seen, revisions, standing, context, .. } = *case;
+    let deployment = seen.deployment.as_deref();
+    let planned = pass.current.as_ref().or(revision::running(revisions, standing));
+    let plan = planned.map(|revision| &revision.content.plan);
+    let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), plan);
+    (pass.replicas, pass.held_to) = (replicas, held_to);
+    let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
+    let now = context.now().0;
+    let rollout = match &pass.current {
+        Some(to) => Some(rollout::step(&rollout::Inputs {
+            to,
+            revisions,
+            deployment,
+            pods: &seen.pods,
+            strategy: spec.strategy,
+            replicas,
+            now,
+        })),
+        None => revision::running(revisions, standing)
+            .map(|running| rollout::hold(running, deployment, spec.strategy)),
+    };
+    let Some(rollout) = rollout else { return forget(revisions, None, None, case).await };
+    pass.again = pass.again.into_iter().chain(rollout.again).min();
+    pass.rollout = Some(rollout.clone());
+    let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
+    if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
+        pass.repaired = stand(object, &rollout, around, identity, context).await?;
     }
-    decided.map(|_| ())
+    release(spec, seen, context).await;
+    forget(revisions, Some(&standing.name), good, case).await?;
+    if pass.current.as_ref() == Some(standing) {
+        let engines = pods::engines(&seen.pods, Some(&standing.hash), now);
+        let settled = engines.settled(replicas);
+        let key = &standing.content.model_key;
+        inspect::belong(&context.writer(), identity, key, settled).await?;
+    }
+    Ok(())
 }
 
 /// Whether this operator may render a revision: one that was allowed once may reach out of its pods. Of such a one nothing
@@ -252,28 +290,46 @@ fn barred(spec: &Spec, settings: &Settings) -> Option<Said> {
     Some(status::overlay_not_allowed(&field))
 }
 
-/// Children from the revision and nothing else.
+/// Children from the rollout's revision and nothing else. Tells of what another hand had changed.
 async fn stand(
-    revision: &Revision,
+    object: &LLMDeployment,
+    rollout: &Rollout,
     around: Surroundings<'_>,
     identity: &Identity,
     context: &Context,
-) -> Result<(), ApplyError> {
+) -> Result<Vec<Repair>, ApplyError> {
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
-    let children = desired::children(identity, revision, around);
+    let children = desired::children(identity, rollout, around);
     let budget = async {
         match &children.disruption_budget {
-            Some(budget) => writer.apply(budget, owner).await.map(drop),
-            None => writer.prune_budget(identity).await,
+            // Whether it was there before depends on the number of replicas.
+            Some(budget) => writer.apply(budget, owner).await.map(|applied| match applied {
+                Applied::Created => Applied::Changed,
+                applied => applied,
+            }),
+            None => writer.prune_budget(identity).await.map(|()| Applied::Unchanged),
         }
     };
     let account = writer.apply(&children.service_account, owner);
     let service = writer.apply(&children.service, owner);
     let policy = writer.apply(&children.network_policy, owner);
-    tokio::try_join!(account, service, policy, budget)?;
-    writer.apply(&children.deployment, owner).await?;
-    monitor(&children, owner, context).await
+    let (account, service, policy, budget) = tokio::try_join!(account, service, policy, budget)?;
+    let deployment = writer.apply(&children.deployment, owner).await?;
+    monitor(&children, owner, context).await?;
+    // A status that tells of this revision was written after its children stood.
+    let stood = object.status.as_ref().and_then(|status| status.revision.as_ref());
+    let stood = stood == Some(&rollout.revision.name);
+    let budgeted = children.disruption_budget.as_ref();
+    let repairs = [
+        events::repair(&children.service_account, &account, stood),
+        events::repair(&children.service, &service, stood),
+        // One that an older operator did not make is no repair.
+        events::repair(&children.network_policy, &policy, false),
+        budgeted.and_then(|want| events::repair(want, &budget, stood)),
+        events::repair(&children.deployment, &deployment, stood),
+    ];
+    Ok(repairs.into_iter().flatten().collect())
 }
 
 /// Monitors and rules, where the cluster knows these kinds. That nobody watches keeps no model from serving.
@@ -286,13 +342,13 @@ async fn monitor(
     let monitors = async {
         match context.caches.pod_monitors.is_served() {
             true => writer.apply(&children.pod_monitor, owner).await,
-            false => Ok(false),
+            false => Ok(Applied::Unchanged),
         }
     };
     let rules = async {
         match context.caches.prometheus_rules.is_served() {
             true => writer.apply(&children.prometheus_rule, owner).await,
-            false => Ok(false),
+            false => Ok(Applied::Unchanged),
         }
     };
     let (monitors, rules) = tokio::join!(monitors, rules);
@@ -324,10 +380,11 @@ async fn release(spec: &Spec, seen: &Seen, context: &Context) {
 async fn forget(
     revisions: &[Revision],
     standing: Option<&str>,
-    identity: &Identity,
-    context: &Context,
+    good: Option<&str>,
+    case: &Case<'_>,
 ) -> Result<(), ApplyError> {
-    for name in revision::to_forget(revisions, standing) {
+    let Case { identity, context, .. } = *case;
+    for name in revision::to_forget(revisions, standing, good) {
         if let Some(old) = context.caches.get::<ControllerRevision>(&identity.namespace, name) {
             context.writer().delete(old.as_ref()).await?;
         }
@@ -344,24 +401,34 @@ async fn tell(
 ) -> Result<(), ApplyError> {
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let advice = context.advices.of(&identity.uid);
+    let replicas = if object.spec.suspend { 0 } else { pass.replicas };
+    let before = object.status.as_ref();
+    let standing = pass.rollout.as_ref().map(|rollout| &rollout.revision);
+    let failed = pass.rollout.as_ref().zip(pass.current.as_ref());
+    let failed = failed.and_then(|(rollout, to)| rollout.trouble(to));
+    let rollout = pass.rollout.as_ref().zip(pass.current.as_ref()).map(|(rollout, to)| {
+        let engines = pods::engines(&seen.pods, Some(&to.hash), context.now().0);
+        let deployment = seen.deployment.as_deref();
+        let seen = rollout::Seen { before, deployment, replicas };
+        rollout::status(rollout, to, &engines, &seen, context.now().0)
+    });
     let found = Findings {
         namespace: &identity.namespace,
         name: &identity.name,
         generation: object.metadata.generation,
-        trouble: pass.trouble.clone(),
+        trouble: pass.trouble.clone().or(failed),
         model: pass.model.clone(),
         facts: pass.facts.as_ref(),
         planned: pass.planned.clone(),
-        revision: pass.revision.as_ref(),
-        revision_is_current: pass.revision_is_current,
+        revision: standing,
+        revision_is_current: standing.is_some() && standing == pass.current.as_ref(),
+        rollout,
         offered: pass.offered.as_ref(),
         exhausted: pass.exhausted.as_deref(),
-        measured: pass
-            .revision
-            .as_ref()
+        measured: standing
             .and_then(|standing| context.measurements.of(&identity.uid, &standing.name)),
         suspended: object.spec.suspend,
-        replicas: if object.spec.suspend { 0 } else { pass.replicas },
+        replicas,
         held_to: pass.held_to.as_deref(),
         scaling: object.spec.scaling.is_some().then(|| Scaled {
             status: pass.scaling.clone(),
@@ -370,8 +437,8 @@ async fn tell(
         pods: &seen.pods,
         deployment: seen.deployment.as_deref(),
     };
-    let before = object.status.as_ref();
     let status = status::compute(&found, before, &context.now());
+    events::publish(&context.recorder, object, &events::repairs(&pass.repaired)).await;
     if before == Some(&status) {
         return Ok(());
     }
@@ -384,7 +451,7 @@ async fn tell(
 impl Context {
     /// Whole seconds, as the API keeps them.
     pub fn now(&self) -> Time {
-        let now = Timestamp::now();
+        let now = (self.clock)();
         Time(now.round(Unit::Second).unwrap_or(now))
     }
 

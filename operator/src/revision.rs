@@ -29,7 +29,10 @@ pub const WAITING_MAX: usize = 2;
 #[serde(rename_all = "camelCase")]
 pub struct Content {
     pub template_version: u32,
-    /// Digest of the spec it answers to, without what scales, suspends or lets clients in.
+    /// The engine that the operator brought when it was made; unknown of older ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine_image: Option<String>,
+    /// Digest of the spec it answers to, without what scales, suspends, lets clients in or says how pods are replaced.
     pub spec_digest: String,
     /// Key of the model source, so that its download is kept while this revision runs.
     pub model_key: String,
@@ -87,6 +90,15 @@ pub fn spec_digest(spec: &LLMDeploymentSpec) -> String {
     for field in ["replicas", "scaling", "suspend", "network", "plan"] {
         fields.shift_remove(field);
     }
+    if let Some(rollout) = fields.get_mut("rollout").and_then(Value::as_object_mut) {
+        // How pods are replaced is no part of what they are.
+        let before = rollout.len();
+        rollout.shift_remove("strategy");
+        rollout.shift_remove("operatorUpgrade");
+        if rollout.is_empty() && before > 0 {
+            fields.shift_remove("rollout");
+        }
+    }
     digest(&value, 16)
 }
 
@@ -132,6 +144,12 @@ pub fn answering<'a>(
     deployed.filter(named).or_else(|| of_spec().find(named))
 }
 
+/// Whether this operator would make its pods from another template or with another engine than `revision` has.
+pub fn is_outdated(revision: &Revision, engine_image: &str) -> bool {
+    let Content { template_version, engine_image: held, .. } = &revision.content;
+    *template_version != TEMPLATE_VERSION || held.as_deref() != Some(engine_image)
+}
+
 fn is_replaced(revisions: &[Revision], revision: &Revision) -> bool {
     revisions.iter().any(|other| {
         !other.content.waits_for_pin && other.content.replaces.as_ref() == Some(&revision.hash)
@@ -173,7 +191,16 @@ pub fn new(object_name: &str, revisions: &[Revision], mut content: Content) -> R
     if let Some(standing) = content.replaces.as_ref().filter(|_| content.waits_for_pin) {
         identity["offeredFor"] = standing.as_str().into();
     }
-    let hash = digest(&identity, 8);
+    let mut hash = digest(&identity, 8);
+    let Content { template_version, engine_image, .. } = &content;
+    // Made anew for another operator, with the same outcome: another revision all the same.
+    while revisions.iter().any(|held| {
+        held.hash == hash
+            && (held.content.template_version, &held.content.engine_image)
+                != (*template_version, engine_image)
+    }) {
+        hash = digest(&json!([hash, template_version, engine_image]), 8);
+    }
     content.pod_template["metadata"]["labels"][names::REVISION] = hash.as_str().into();
     let newest = revisions.iter().map(|revision| revision.number).max().unwrap_or(0);
     Revision { name: format!("{object_name}-{hash}"), hash, number: newest + 1, content }
@@ -201,13 +228,19 @@ pub fn wanted(identity: &Identity, revision: &Revision) -> Want<ControllerRevisi
     }))
 }
 
-/// Names of revisions beyond the history, beside the one that stands. What only waited for a person has a shorter one.
-pub fn to_forget<'a>(revisions: &'a [Revision], standing: Option<&str>) -> Vec<&'a str> {
+/// Names of revisions beyond the history, beside the one that stands and the hash to go back to. What only waited for a person
+/// has a shorter one.
+pub fn to_forget<'a>(
+    revisions: &'a [Revision],
+    standing: Option<&str>,
+    good: Option<&str>,
+) -> Vec<&'a str> {
     let others = || revisions.iter().filter(|revision| Some(revision.name.as_str()) != standing);
     let (waiting, ran): (Vec<_>, Vec<_>) =
         others().partition(|revision| revision.content.waits_for_pin);
     let surplus = ran.into_iter().skip(HISTORY_MAX).chain(waiting.into_iter().skip(WAITING_MAX));
-    surplus.map(|revision| revision.name.as_str()).collect()
+    let dispensable = surplus.filter(|revision| Some(revision.hash.as_str()) != good);
+    dispensable.map(|revision| revision.name.as_str()).collect()
 }
 
 /// Hash of the revision that the Deployment stands for; without one, which somebody may have deleted, that of the revision

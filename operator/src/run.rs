@@ -15,6 +15,7 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use futures::StreamExt;
 use futures::channel::mpsc;
+use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
 use kube::runtime::events::{Recorder, Reporter};
@@ -207,6 +208,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         advices,
         metrics: served.metrics.clone(),
         sharing: tokio::sync::Mutex::new(()),
+        clock: Arc::new(Timestamp::now),
         considered: Considered::default(),
         measurements: Arc::default(),
         prices,
@@ -258,7 +260,8 @@ async fn lead(
     }
 }
 
-async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Receiver<bool>) {
+/// Reconciles what the triggers name, side by side, until `stop`.
+pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch::Receiver<bool>) {
     let store = context.caches.objects.clone();
     let failures = Arc::new(Failures::default());
     let counted = failures.clone();

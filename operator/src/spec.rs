@@ -5,7 +5,10 @@
 use std::fmt;
 
 use plimsoll_crds as crds;
-use plimsoll_crds::{AccessMode, Amount, Clients, LLMDeployment, LLMDeploymentSpec, PlanApply};
+use plimsoll_crds::{
+    AccessMode, Amount, Clients, LLMDeployment, LLMDeploymentSpec, OperatorUpgrade, PlanApply,
+    RolloutStrategy,
+};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -56,6 +59,8 @@ pub struct Spec {
     pub budget: Budget,
     pub plan: PlanPolicy,
     pub drain_seconds: u32,
+    pub strategy: RolloutStrategy,
+    pub operator_upgrade: OperatorUpgrade,
     /// Who may reach the engine, where the object says.
     pub clients: Option<Clients>,
     pub suspend: bool,
@@ -208,7 +213,8 @@ impl Door {
             )
         });
         let cache = cache.clone().unwrap_or_default();
-        let drain = rollout.as_ref().and_then(|rollout| rollout.drain_seconds).map(i64::from);
+        let rollout = rollout.clone().unwrap_or_default();
+        let drain = rollout.drain_seconds.map(i64::from);
         let replicas_max = i64::from(crds::REPLICAS_MAX);
         let replicas = self
             .between(Some(i64::from(*replicas)), 0, replicas_max, "spec.replicas")
@@ -236,6 +242,8 @@ impl Door {
             drain_seconds: self
                 .between(drain, 0, DRAIN_SECONDS_MAX, "spec.rollout.drainSeconds")
                 .unwrap_or(DRAIN_SECONDS_DEFAULT),
+            strategy: rollout.strategy.unwrap_or_default(),
+            operator_upgrade: rollout.operator_upgrade.unwrap_or_default(),
             clients: network.as_ref().and_then(|network| network.clients),
             suspend: *suspend,
             pod_template: pod_template.clone(),

@@ -10,7 +10,8 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{
-    ConditionType, LLMDeploymentStatus, MeasuredStatus, ModelStatus, Reason, ScalingStatus, bounded,
+    ConditionType, LLMDeploymentStatus, MeasuredStatus, ModelStatus, Reason, RolloutState,
+    RolloutStatus, ScalingStatus, bounded,
 };
 
 use crate::desired::names;
@@ -57,6 +58,8 @@ pub struct Findings<'a> {
     /// The revision whose children stand, and whether it answers to the spec of this generation.
     pub revision: Option<&'a Revision>,
     pub revision_is_current: bool,
+    /// How its pods take the places of older ones.
+    pub rollout: Option<RolloutStatus>,
     /// A plan that waits for a person.
     pub offered: Option<&'a Revision>,
     /// Engines of this revision run out of memory, and no other plan helps: with what figures.
@@ -111,6 +114,7 @@ pub fn compute(
         plan: found.revision.or(found.offered).map(|revision| revision.content.plan.clone()),
         offered: found.offered.filter(|_| found.revision.is_some()).map(lifecycle::offer),
         measured: found.measured.or_else(|| measured_before(found, before)),
+        rollout: found.rollout.clone(),
         scaling: found.scaling.as_ref().and_then(|scaled| scaled.status.clone()),
     }
 }
@@ -258,9 +262,24 @@ fn ready(found: &Findings<'_>, parts: [&Said; 4], engines: &Engines) -> Said {
     let part =
         if engines.trouble.is_some() || scheduled.holds == Some(true) { loaded } else { scheduled };
     let passing = matches!(part.reason, Reason::EngineLoading | Reason::CreatingPods);
+    let stopped = found.rollout.as_ref().is_some_and(|held| held.state == RolloutState::Stopped);
+    if stopped {
+        let needs = part.reason.needs_a_person();
+        let reason = if needs { part.reason } else { Reason::RolloutStopped };
+        let message = format!(
+            "{}; the rollout has stopped and {} older pods go on serving: correct the spec, or set it back",
+            part.message, engines.older_ready
+        );
+        return Said::no(reason, message);
+    }
     if engines.older > 0 && passing {
         let message = format!("{}; {} older pods serve until then", part.message, engines.older);
         return Said::no(Reason::RollingOut, message);
+    }
+    if engines.older_ready > 0 {
+        let message =
+            format!("{}; {} older pods serve until then", part.message, engines.older_ready);
+        return Said { message, ..part.clone() };
     }
     part.clone()
 }

@@ -5,11 +5,15 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::http::Connection;
+
+/// A client that lost a request waits, so that an outage is not counted by how fast refusals come.
+const AFTER_LOSS: Duration = Duration::from_millis(100);
 
 /// What became of the requests.
 #[derive(Debug, Default)]
@@ -46,6 +50,7 @@ pub fn under_load<T>(
                         Err(error) => {
                             lost.lock().expect("no one panics here").push(format!("{error:#}"));
                             pooled = None;
+                            std::thread::sleep(AFTER_LOSS);
                             0
                         }
                     };

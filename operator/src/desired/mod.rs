@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 
 use self::monitoring::{PodMonitor, PrometheusRule, Promises};
 use crate::apply::Want;
-use crate::revision::Revision;
+use crate::rollout::Rollout;
 use crate::spec::Spec;
 
 /// The object whose children we render.
@@ -131,8 +131,9 @@ pub struct Children {
     pub deployment: Want<Deployment>,
 }
 
-/// The children as the revision has them, with what lies around them.
-pub fn children(identity: &Identity, revision: &Revision, around: Surroundings<'_>) -> Children {
+/// The children as a rollout's revision has them, with what lies around them.
+pub fn children(identity: &Identity, rollout: &Rollout, around: Surroundings<'_>) -> Children {
+    let Rollout { revision, update, memory, .. } = rollout;
     let Surroundings { replicas, clients, promises, settings } = around;
     Children {
         service_account: service::service_account(identity),
@@ -151,7 +152,8 @@ pub fn children(identity: &Identity, revision: &Revision, around: Surroundings<'
             &revision.hash,
             &revision.content.pod_template,
             replicas,
-            revision.content.update,
+            *update,
+            memory.kept().as_deref(),
         ),
     }
 }

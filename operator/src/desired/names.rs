@@ -18,6 +18,8 @@ pub const MODEL: &str = "plimsoll.dev/model";
 pub const DOWNLOAD: &str = "plimsoll.dev/download";
 /// Annotation on children: digest of what we last sent.
 pub const APPLIED: &str = "plimsoll.dev/applied";
+/// Annotation on the Deployment: what a rollout has to remember.
+pub const ROLLOUT: &str = "plimsoll.dev/rollout";
 /// On an inspect Job: the uid of the object that made it, and the digest of what it was rendered from.
 pub const MADE_FOR: &str = "plimsoll.dev/made-for";
 

@@ -113,7 +113,7 @@ fn every_object_is_spelt_as_its_kind() {
     let pods = template(&spec, &place);
     is_exactly::<PodTemplateSpec>(&pods);
     for (update, surge) in [(plan::Update::Surge, 1), (plan::Update::InPlace, 0)] {
-        let deployment = deployment::deployment(&identity, "hash", &pods, 2, update);
+        let deployment = deployment::deployment(&identity, "hash", &pods, 2, update, Some("{}"));
         assert_eq!(deployment.body["spec"]["strategy"]["rollingUpdate"]["maxSurge"], surge);
         is_exactly_of_its_kind(&deployment);
     }

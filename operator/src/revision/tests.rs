@@ -1,6 +1,6 @@
 use std::collections::BTreeMap;
 
-use plimsoll_crds::Clients;
+use plimsoll_crds::{Clients, RolloutStrategy};
 
 use super::*;
 use crate::desired::monitoring::Promises;
@@ -56,12 +56,14 @@ fn only_what_makes_another_pod_makes_another_digest() {
         json!({"suspend": true}),
         json!({"replicas": 0, "suspend": false}),
         json!({"scaling": {"max": 4}}),
+        json!({"rollout": {"strategy": "Recreate", "operatorUpgrade": "Follow"}}),
         json!({"plan": {"apply": "Manual", "pinnedHash": "11aa22bb"}}),
     ] {
         assert_eq!(spec_digest(&spec(same.clone())), base, "{same}");
     }
     for other in [
         json!({"contextTokens": 512}),
+        json!({"rollout": {"strategy": "Surge", "drainSeconds": 5}}),
         json!({"podTemplate": {"metadata": {"labels": {"a": "b"}}}}),
         json!({"model": {"source": "pvc://other"}}),
     ] {
@@ -104,7 +106,8 @@ fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
     let promises = Promises::default();
     let around =
         Surroundings { replicas: 1, clients: Clients::Cluster, promises, settings: &settings };
-    let children = crate::desired::children(&identity, found, around);
+    let rollout = crate::rollout::hold(found, None, RolloutStrategy::Auto);
+    let children = crate::desired::children(&identity, &rollout, around);
     assert_eq!(children.deployment.body["spec"]["template"], old.content.pod_template);
 }
 
@@ -127,9 +130,11 @@ fn the_history_is_bounded_and_spares_what_stands() {
         all.insert(0, next);
     }
     let oldest = all.last().unwrap().name.clone();
-    let forgotten = to_forget(&all, Some(&oldest));
+    let forgotten = to_forget(&all, Some(&oldest), None);
     assert_eq!(forgotten.len(), all.len() - 1 - HISTORY_MAX);
     assert!(!forgotten.contains(&oldest.as_str()) && !forgotten.contains(&all[0].name.as_str()));
+    let good = all[7].hash.as_str();
+    assert!(!to_forget(&all, Some(&oldest), Some(good)).contains(&all[7].name.as_str()));
 }
 
 #[test]
@@ -188,7 +193,7 @@ fn plans_that_only_waited_do_not_push_history_out() {
         next.content.waits_for_pin = index % 2 == 0;
         all.insert(0, next);
     }
-    let forgotten = to_forget(&all, None);
+    let forgotten = to_forget(&all, None, None);
     let kept: Vec<_> = all.iter().filter(|held| !forgotten.contains(&held.name.as_str())).collect();
     let waiting = kept.iter().filter(|held| held.content.waits_for_pin).count();
     assert_eq!((waiting, kept.len() - waiting), (WAITING_MAX, HISTORY_MAX));

@@ -75,6 +75,7 @@ fn told(
         planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
         revision: Some(&revision),
         revision_is_current: true,
+        rollout: None,
         offered: None,
         exhausted: None,
         measured: None,

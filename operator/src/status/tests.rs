@@ -60,6 +60,7 @@ fn nothing() -> Findings<'static> {
         planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
         revision: None,
         revision_is_current: true,
+        rollout: None,
         offered: None,
         exhausted: None,
         measured: None,

@@ -1,0 +1,187 @@
+//! Every story is told with an operator that ends at its first write, its second, and so on, before the write is done and
+//! after it. Whatever the write, the next operator brings about the same objects, and one more pass writes nothing.
+
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+
+use super::world::Moment;
+use super::*;
+
+/// Tells `acts` without a fault, then once for every write and moment.
+fn survives_every_write(acts: impl Fn() -> Vec<Act>) {
+    let undisturbed = World::new();
+    tell(&undisturbed, &mut Story::new(acts()));
+    assert_silent(&undisturbed);
+    let expected = undisturbed.standing();
+    let writes = undisturbed.writes();
+    assert!(writes.len() > 5, "there is something to interrupt: {writes:#?}");
+    for number in 1..=writes.len() {
+        for moment in [Moment::Before, Moment::After] {
+            let world = World::new();
+            world.end_at(number, moment);
+            tell(&world, &mut Story::new(acts()));
+            let write = &writes[number - 1];
+            let standing = world.standing();
+            assert!(
+                standing == expected,
+                "ended {moment:?} write {number} ({} {}): {}",
+                write.method,
+                write.key.resource,
+                difference(&expected, &standing)
+            );
+            assert_silent(&world);
+        }
+    }
+}
+
+/// The first place in which two worlds differ that should be the same.
+fn difference(expected: &Value, found: &Value) -> String {
+    match (expected, found) {
+        (Value::Object(expected), Value::Object(found)) => {
+            let names: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
+            let absent = Value::Null;
+            let of = |side: &serde_json::Map<String, Value>, name: &String| {
+                side.get(name).unwrap_or(&absent).clone()
+            };
+            names
+                .into_iter()
+                .map(|name| (name, of(expected, name), of(found, name)))
+                .find(|(_, expected, found)| expected != found)
+                .map_or_else(String::new, |(name, expected, found)| {
+                    format!("{name}.{}", difference(&expected, &found))
+                })
+        }
+        _ => format!(": {expected} expected, {found} found"),
+    }
+}
+
+fn declare(spec: Value) -> Act {
+    act(move |world| world.declare("assistant", spec.clone()))
+}
+
+fn change(spec: Value) -> Act {
+    act(move |world| world.merge("llmdeployments", "assistant", json!({"spec": spec})))
+}
+
+#[test]
+fn a_new_object_survives_an_end_at_every_write() {
+    survives_every_write(|| vec![declare(json!({}))]);
+}
+
+#[test]
+fn a_download_survives_an_end_at_every_write() {
+    survives_every_write(|| vec![declare(json!({"model": {"source": "hf://org/tiny@main"}}))]);
+}
+
+#[test]
+fn scaling_and_suspending_survive_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({})),
+            change(json!({"replicas": 3})),
+            change(json!({"replicas": 1})),
+            change(json!({"suspend": true})),
+            change(json!({"suspend": false, "replicas": 2})),
+        ]
+    });
+}
+
+#[test]
+fn an_update_and_the_way_back_survive_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({"replicas": 2})),
+            change(json!({"contextTokens": 1024})),
+            change(json!({"contextTokens": null})),
+        ]
+    });
+}
+
+#[test]
+fn another_model_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({"model": {"source": "hf://org/tiny"}})),
+            change(json!({"model": {"source": "hf://org/other"}})),
+        ]
+    });
+}
+
+#[test]
+fn a_shared_model_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            act(|world| {
+                world.declare("assistant", json!({"resources": {"cpu": "1", "memory": "1Gi"}}));
+                world.declare("other", json!({"resources": {"cpu": "1", "memory": "1Gi"}}));
+            }),
+            change(json!({"model": {"source": "pvc://elsewhere/model"}})),
+        ]
+    });
+}
+
+#[test]
+fn a_deletion_and_the_same_name_again_survive_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({"replicas": 2})),
+            act(|world| world.delete("llmdeployments", "assistant")),
+            declare(json!({"contextTokens": 512})),
+        ]
+    });
+}
+
+#[test]
+fn a_repair_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({})),
+            act(|world| {
+                world.merge("deployments", "assistant", json!({"spec": {"replicas": 5}}));
+                world.delete("services", "assistant");
+                world.delete("configmaps", "assistant");
+            }),
+        ]
+    });
+}
+
+#[test]
+fn a_way_back_in_place_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({"rollout": {"strategy": "Recreate"}})),
+            change(json!({"podTemplate": {"metadata": {"annotations": {"fate": "corrupt"}}}})),
+            change(json!({"contextTokens": 1024, "podTemplate": null})),
+        ]
+    });
+}
+
+#[test]
+fn following_the_operator_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({"replicas": 2})),
+            // As if another operator had made it.
+            act(|world| {
+                let revisions = world.store().all("controllerrevisions");
+                let (key, mut revision) = revisions.into_iter().next().unwrap();
+                revision["data"]["engineImage"] = "plimsoll/engine:0".into();
+                world.delete("controllerrevisions", &key.name);
+                world.create("controllerrevisions", &key.name, revision);
+            }),
+            change(json!({"rollout": {"operatorUpgrade": "Follow"}})),
+        ]
+    });
+}
+
+#[test]
+fn a_revision_that_never_serves_survives_an_end_at_every_write() {
+    survives_every_write(|| {
+        vec![
+            declare(json!({})),
+            change(json!({"podTemplate": {"metadata": {"annotations": {"fate": "corrupt"}}}})),
+            change(json!({"podTemplate": null})),
+        ]
+    });
+}

@@ -1,0 +1,209 @@
+//! Rollouts that go wrong, children that other hands touch: what stands, what is said, what it cost.
+
+use serde_json::{Value, json};
+
+use super::world::NAMESPACE;
+use super::*;
+
+const GOOD: &str = "assistant";
+
+fn declared(spec: Value) -> Arc<World> {
+    let world = World::new();
+    tell(&world, &mut Story::new(vec![act(move |world| world.declare(GOOD, spec.clone()))]));
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    world
+}
+
+fn change(world: &Arc<World>, spec: Value) {
+    let change = move |world: &World| world.merge("llmdeployments", GOOD, json!({"spec": spec}));
+    tell(world, &mut Story::new(vec![act(change)]));
+}
+
+fn said(world: &World, kind: &str) -> (String, String, String) {
+    world.condition(GOOD, kind).unwrap_or_default()
+}
+
+fn status(world: &World) -> Value {
+    world.get("llmdeployments", GOOD).unwrap()["status"].clone()
+}
+
+fn fate(fate: &str) -> Value {
+    json!({"podTemplate": {"metadata": {"annotations": {"fate": fate}}}})
+}
+
+#[test]
+fn a_bad_revision_under_surge_stops_with_the_reason_and_old_pods_serve_until_the_spec_is_set_back()
+{
+    let world = declared(json!({"replicas": 2}));
+    let good = status(&world)["revision"].clone();
+    change(&world, fate("corrupt"));
+    let (ready, reason, message) = said(&world, "Ready");
+    assert_eq!((ready.as_str(), reason.as_str()), ("False", "CorruptWeights"));
+    assert!(
+        message.contains("truncated") && message.contains("2 older pods go on serving"),
+        "{message}"
+    );
+    assert!(message.contains("set it back"), "{message}");
+    assert_eq!(said(&world, "Stalled").1, "CorruptWeights");
+    assert_eq!(said(&world, "Available").0, "True");
+    assert_eq!(world.serving(GOOD).len(), 2);
+    assert_eq!(status(&world)["rollout"]["state"], "Stopped");
+    assert!(world.told().iter().any(|note| note.contains("has stopped")), "{:?}", world.told());
+    let pods = world.store().all("pods").len();
+    change(&world, json!({"podTemplate": null}));
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    assert_eq!(status(&world)["revision"], good, "the revision that stood is taken again");
+    assert!(world.store().all("pods").len() < pods, "the bad pod is gone");
+    assert_silent(&world);
+}
+
+#[test]
+fn a_revision_that_does_not_come_up_under_surge_stops_after_the_deadline() {
+    let world = declared(json!({}));
+    change(&world, fate("slow"));
+    assert_eq!(said(&world, "Ready").1, "RollingOut");
+    live(&world, settings(), async || {
+        wait(&world, 700).await;
+        rest(&world).await;
+    });
+    let (_, reason, message) = said(&world, "Stalled");
+    assert_eq!(reason, "RolloutStopped", "{message}");
+    assert!(message.contains("1 older pods go on serving"), "{message}");
+    assert_eq!(world.serving(GOOD).len(), 1);
+}
+
+#[test]
+fn a_bad_revision_in_place_gives_way_to_the_last_good_one_and_its_outage_is_told() {
+    let world = declared(json!({"rollout": {"strategy": "Recreate"}}));
+    let good = status(&world)["revision"].clone();
+    change(&world, fate("corrupt"));
+    let (ready, reason, message) = said(&world, "Ready");
+    assert_eq!((ready.as_str(), reason.as_str()), ("False", "RolledBack"));
+    assert!(message.contains("CorruptWeights") && message.contains("set it back"), "{message}");
+    assert_eq!(said(&world, "Stalled").1, "RolledBack");
+    assert_eq!(said(&world, "Available").0, "True");
+    assert_eq!(status(&world)["revision"], good);
+    assert_eq!(world.serving(GOOD).len(), 1);
+    let rollout = &status(&world)["rollout"];
+    assert_eq!(
+        (&rollout["state"], &rollout["strategy"]),
+        (&json!("RolledBack"), &json!("Recreate"))
+    );
+    let outage = rollout["outageSeconds"].as_i64().unwrap();
+    assert!((3..30).contains(&outage), "{outage}");
+    let told = format!("no pod answered for {outage} s");
+    assert!(world.told().iter().any(|note| note.contains(&told)), "{:?}", world.told());
+    assert_silent(&world);
+
+    // Once more, by hand.
+    let forget = json!({"metadata": {"annotations": {"plimsoll.dev/rollout": null}}});
+    let before = world.written();
+    tell(
+        &world,
+        &mut Story::new(vec![act(move |world| world.merge("deployments", GOOD, forget.clone()))]),
+    );
+    assert!(world.written() > before + 1, "it was tried");
+    assert_eq!(said(&world, "Ready").1, "RolledBack");
+    // And the spec as it was.
+    change(&world, json!({"podTemplate": null}));
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    assert_eq!(status(&world)["rollout"]["state"], "Complete");
+    assert_silent(&world);
+}
+
+#[test]
+fn a_good_revision_in_place_tells_what_it_cost() {
+    let world = declared(json!({"rollout": {"strategy": "Recreate"}}));
+    assert_eq!(
+        status(&world)["rollout"]["outageSeconds"],
+        Value::Null,
+        "the first start is no outage"
+    );
+    change(&world, json!({"contextTokens": 1024}));
+    let rollout = &status(&world)["rollout"];
+    assert_eq!(rollout["state"], "Complete");
+    assert!((2..20).contains(&rollout["outageSeconds"].as_i64().unwrap()), "{rollout}");
+    assert!(rollout["why"].as_str().unwrap().contains("Recreate"), "{rollout}");
+    change(&world, json!({"contextTokens": 512, "rollout": {"strategy": "Surge"}}));
+    assert_eq!(status(&world)["rollout"]["outageSeconds"], Value::Null);
+}
+
+#[test]
+fn where_the_room_for_one_pod_more_is_gone_an_update_goes_on_in_place_and_says_so() {
+    let world = declared(json!({"resources": {"cpu": "3"}}));
+    // Planned with room for two; then another pod comes.
+    let asks = json!({"name": "c", "resources": {"requests": {"cpu": "4"}}});
+    let neighbour = json!({"apiVersion": "v1", "kind": "Pod", "spec": {"containers": [asks], "nodeName": "node-0"},
+        "status": {"phase": "Running", "conditions": []}});
+    live(&world, settings(), async || {
+        world.merge("llmdeployments", GOOD, json!({"spec": {"contextTokens": 1024}}));
+        // The plan is made before the neighbour comes, the pod after it.
+        while world.get("deployments", GOOD).unwrap()["metadata"]["generation"] == 1 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        world.create("pods", "neighbour", neighbour.clone());
+        wait(&world, 60).await;
+        let (_, reason, message) = said(&world, "Ready");
+        assert_eq!(reason, "Unschedulable", "{message}");
+        assert_eq!(world.serving(GOOD).len(), 1, "the old pod serves while there is hope");
+        wait(&world, 90).await;
+        rest(&world).await;
+    });
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    let rollout = &status(&world)["rollout"];
+    assert_eq!((&rollout["state"], &rollout["strategy"]), (&json!("Complete"), &json!("Recreate")));
+    assert!(rollout["why"].as_str().unwrap().contains("found no node for 120 s"), "{rollout}");
+    assert!(rollout["outageSeconds"].as_i64().unwrap() < 20, "{rollout}");
+    assert_silent(&world);
+}
+
+#[test]
+fn what_another_hand_changed_or_deleted_is_put_right_and_named_in_an_event() {
+    let world = declared(json!({}));
+    let patch = json!({"spec": {"ports": [{"name": "http", "port": 81, "protocol": "TCP"}]}});
+    let hands: Vec<Act> = vec![
+        act(|world| world.merge("deployments", GOOD, json!({"spec": {"replicas": 5}}))),
+        act(move |world| world.merge("services", GOOD, patch.clone())),
+        act(|world| world.delete("serviceaccounts", GOOD)),
+    ];
+    let before = world.standing();
+    tell(&world, &mut Story::new(hands));
+    assert_eq!(world.standing(), before);
+    let told = world.told();
+    for expected in [
+        "Deployment assistant: spec.replicas was changed by another hand",
+        "Service assistant: spec.ports",
+        "ServiceAccount assistant was deleted by another hand",
+    ] {
+        assert!(told.iter().any(|note| note.starts_with(expected)), "{expected}: {told:#?}");
+    }
+    // What people change through the object is no repair.
+    let count =
+        |world: &World| world.told().iter().filter(|note| note.contains("another hand")).count();
+    let repairs = count(&world);
+    change(&world, json!({"replicas": 3, "contextTokens": 512}));
+    assert_eq!(count(&world), repairs);
+}
+
+#[test]
+fn a_child_of_someone_else_is_left_alone_and_named() {
+    let world = World::new();
+    let theirs = json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"labels": {"app": "theirs"}},
+        "spec": {"replicas": 0, "selector": {"matchLabels": {"app": "theirs"}}, "template": {"spec": {}}}});
+    world.create("deployments", GOOD, theirs);
+    let version =
+        |world: &World| world.get("deployments", GOOD).unwrap()["metadata"]["generation"].clone();
+    let held = version(&world);
+    tell(&world, &mut Story::new(vec![act(|world| world.declare(GOOD, json!({})))]));
+    let (_, reason, message) = said(&world, "Stalled");
+    assert_eq!(reason, "ChildRejected");
+    assert!(
+        message.contains("Deployment assistant") && message.contains("belongs to"),
+        "{message}"
+    );
+    assert_eq!(version(&world), held);
+    let touched = world.writes().into_iter().filter(|write| write.key.resource == "deployments");
+    assert_eq!(touched.count(), 0);
+    assert_eq!(world.store().all("deployments").len(), 1);
+    assert!(world.store().objects.keys().any(|key| key.namespace == NAMESPACE));
+}
