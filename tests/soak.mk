@@ -3,7 +3,7 @@
 SOAK_RESULTS := docs/soak
 
 .PHONY: soak
-soak: soak-simulation soak-rollouts ## Hours of what CI runs for seconds; figures land in docs/soak (root)
+soak: soak-simulation soak-rollouts soak-scaling ## Hours of what CI runs for seconds; figures land in docs/soak (root)
 
 .PHONY: soak-simulation
 soak-simulation: ## The operator against a simulated API server over 5,000 seeds
