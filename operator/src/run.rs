@@ -72,17 +72,19 @@ pub struct RunArgs {
     /// Where hf:// models are downloaded from (value hubEndpoint) [default: the public hub]
     #[arg(long, help_heading = CHART_VALUES, value_name = "URL")]
     pub hub_endpoint: Option<String>,
-    /// Seconds between two looks at what the engines of an object measure; 0: none
-    #[arg(long, value_name = "SECONDS", default_value_t = 600)]
+    /// Seconds between two looks at what the engines of an object measure; 0: none (value operator.measureSeconds)
+    #[arg(long, help_heading = CHART_VALUES, value_name = "SECONDS", default_value_t = 600)]
     pub measure_seconds: u64,
-    /// What an hour of one GPU costs, as nvidia-h200=3.5 in US dollars; once for each class [default: a dated list, docs/planner.md]
-    #[arg(long = "price", value_name = "CLASS=DOLLARS")]
+    /// What an hour of one GPU costs, as nvidia-h200=3.5 in US dollars; once for each class (value prices) [default: a dated list,
+    /// docs/planner.md]
+    #[arg(long = "price", help_heading = CHART_VALUES, value_name = "CLASS=DOLLARS")]
     pub prices: Vec<String>,
-    /// Who may reach engines whose spec.network does not say
-    #[arg(long, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
+    /// Who may reach engines whose spec.network does not say (value workloads.clients)
+    #[arg(long, help_heading = CHART_VALUES, value_name = "CLIENTS", value_enum, default_value_t = ClientsArg::Cluster)]
     pub clients: ClientsArg,
-    /// A label, KEY=VALUE, by which a Prometheus finds PodMonitors and PrometheusRules; may be repeated [default: none]
-    #[arg(long = "monitor-label", value_name = "KEY=VALUE", value_parser = label)]
+    /// A label, KEY=VALUE, by which a Prometheus finds PodMonitors and PrometheusRules; may be repeated (value
+    /// workloads.monitorLabels) [default: none]
+    #[arg(long = "monitor-label", help_heading = CHART_VALUES, value_name = "KEY=VALUE", value_parser = label)]
     pub monitor_labels: Vec<(String, String)>,
     /// Where the Lease lies that elects one operator [default: the namespace of the pod or the kubeconfig]
     #[arg(long, help_heading = CHART, value_name = "NAMESPACE", env = "POD_NAMESPACE")]

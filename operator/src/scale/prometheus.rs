@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use super::decide::Tempo;
 use super::query::{self, AnswerError, Answers, PodName};
+use crate::cli::CHART_VALUES;
 
 /// Longest wait for an answer.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
@@ -23,18 +24,19 @@ const WORDS_MAX: usize = 200;
 /// Flags about Prometheus; the chart's values under `prometheus`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct PrometheusArgs {
-    /// Where Prometheus answers, for spec.scaling: http:// or https://, with a path before /api/v1 if it has one [default:
-    /// none, and spec.scaling changes nothing]
-    #[arg(long, value_name = "URL")]
+    /// Where Prometheus answers, for spec.scaling: http:// or https://, with a path before /api/v1 if it has one (value
+    /// prometheus.address) [default: none, and spec.scaling changes nothing]
+    #[arg(long, help_heading = CHART_VALUES, value_name = "URL")]
     pub prometheus_address: Option<Uri>,
-    /// Certificate authority of Prometheus, PEM; read again when it changes [default: those of the system]
-    #[arg(long, value_name = "FILE")]
+    /// Certificate authority of Prometheus, PEM; read again when it changes (value prometheus.caConfigMap) [default: those of the system]
+    #[arg(long, help_heading = CHART_VALUES, value_name = "FILE")]
     pub prometheus_ca_file: Option<PathBuf>,
-    /// Bearer token for Prometheus; read again when it changes [default: none]
-    #[arg(long, value_name = "FILE")]
+    /// Bearer token for Prometheus; read again when it changes (value prometheus.tokenSecret) [default: none]
+    #[arg(long, help_heading = CHART_VALUES, value_name = "FILE")]
     pub prometheus_token_file: Option<PathBuf>,
-    /// Seconds between two looks; rates and percentiles cover four of them, so Prometheus has to scrape as often
-    #[arg(long, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..=60))]
+    /// Seconds between two looks; rates and percentiles cover four of them, so Prometheus has to scrape as often (value
+    /// prometheus.intervalSeconds)
+    #[arg(long, help_heading = CHART_VALUES, value_name = "SECONDS", default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..=60))]
     pub scaling_interval: u16,
 }
 

@@ -252,8 +252,8 @@ async fn a_new_spec_is_a_new_revision_and_ready_counts_its_pods_only() {
     }
     assert_eq!(
         world.list::<ControllerRevision>("").await.len(),
-        6,
-        "five beside the one that stands"
+        7,
+        "five beside the one that stands and the last that served, to go back to"
     );
 }
 

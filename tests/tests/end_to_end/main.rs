@@ -8,7 +8,7 @@ mod scope;
 mod sources;
 
 use std::net::SocketAddr;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, Once, PoisonError};
 use std::time::{Duration, Instant};
 
 use plimsoll_tests::cluster::{Node, PROMETHEUS_TLS, Prometheus, Shared, shared_node, wait_until};
@@ -47,9 +47,8 @@ fn set_up(node: &Shared<Node>, settings: &[&str]) {
         return;
     }
     // What every story does, it does under policies that hold.
-    if stands.is_none() {
-        node.enforce_policies().unwrap();
-    }
+    static ENFORCED: Once = Once::new();
+    ENFORCED.call_once(|| node.enforce_policies().unwrap());
     *stands = None;
     install::install(node, &wanted).unwrap();
     *stands = Some(wanted.iter().map(|setting| setting.to_string()).collect());
