@@ -24,20 +24,25 @@ fn an_operator_of_one_namespace_serves_there_and_reads_nothing_elsewhere() {
     assert!(ask(&stage, stage.service("plim").unwrap()).contains(ANSWER));
 
     let stranger = outside.get(&["llmd", "stranger"]).unwrap();
-    assert_eq!(stranger.get("status"), None, "{stranger:#}");
+    // What the API server itself says of an object that no operator has looked at.
+    assert_eq!(stranger["status"]["conditions"][0]["reason"], "Pending", "{stranger:#}");
+    assert_eq!(stranger["status"].get("observedGeneration"), None, "{stranger:#}");
     let why = stage.get(&["llmd", "plim"]).unwrap()["status"]["plan"]["why"].to_string();
     assert!(why.contains("are not seen"), "pods of other namespaces: {why}");
     the_rights_end_at_the_namespace(&node);
     every_request_was_within_them(&node);
 }
 
+/// What plans look at, and whether there are monitors to make: things that lie in no namespace.
+const CLUSTER: [&str; 2] = ["nodes", "customresourcedefinitions"];
+
 /// What the API server itself says that the operator may do, beyond asking about itself.
 fn the_rights_end_at_the_namespace(node: &Node) {
     for namespace in ["outside", "default", "kube-system"] {
-        assert_eq!(rights(node, namespace), BTreeSet::from(["nodes".to_owned()]), "{namespace}");
+        assert_eq!(rights(node, namespace), CLUSTER.map(str::to_owned).into(), "{namespace}");
     }
     let at_home = rights(node, install::NAMESPACE);
-    assert_eq!(at_home, BTreeSet::from(["nodes", "leases"].map(str::to_owned)));
+    assert_eq!(at_home, [CLUSTER[0], CLUSTER[1], "leases"].map(str::to_owned).into());
     let watched = rights(node, "scoped");
     for resource in ["llmdeployments", "pods", "deployments", "jobs"] {
         assert!(watched.contains(resource), "{watched:?}");
@@ -74,7 +79,7 @@ fn every_request_was_within_them(node: &Node) {
         let within = match event.namespace.as_str() {
             "scoped" => true,
             install::NAMESPACE => event.resource == "leases",
-            _ => event.resource == "nodes",
+            _ => CLUSTER.contains(&event.resource.as_str()),
         };
         assert!(within, "{event:?}");
     }
