@@ -14,7 +14,7 @@ const ACCOUNT: &str = "system:serviceaccount:plimsoll-system:plimsoll";
 #[test]
 fn an_operator_of_one_namespace_serves_there_and_reads_nothing_elsewhere() {
     let Some(node) = shared_node() else { return };
-    let outside = Stage::new(&node, "outside").unwrap();
+    let outside = Stage::new(&node, "elsewhere").unwrap();
     let stage = Stage::new(&node, "scoped").unwrap();
     set_up(&node, &["watchNamespace=scoped"]);
     outside.apply(&manifest("stranger", "pvc://models/plim", 1)).unwrap();
@@ -38,7 +38,7 @@ const CLUSTER: [&str; 2] = ["nodes", "customresourcedefinitions"];
 
 /// What the API server itself says that the operator may do, beyond asking about itself.
 fn the_rights_end_at_the_namespace(node: &Node) {
-    for namespace in ["outside", "default", "kube-system"] {
+    for namespace in ["elsewhere", "default", "kube-system"] {
         assert_eq!(rights(node, namespace), CLUSTER.map(str::to_owned).into(), "{namespace}");
     }
     let at_home = rights(node, install::NAMESPACE);
