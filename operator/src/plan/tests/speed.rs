@@ -163,7 +163,7 @@ fn requests_at_once_slow_each_other_by_what_is_predicted() {
 }
 
 #[test]
-fn planned_memory_is_within_a_fiftieth_of_what_the_driver_counted() {
+fn planned_memory_is_within_a_fortieth_of_what_the_driver_counted() {
     for (model, facts) in [("llama-3.2-1b", facts()), ("llama-3.1-8b", eight_billion())] {
         let path = root().join(CALIBRATIONS[0].source).join(format!("{model}.json"));
         let bench: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
@@ -178,7 +178,8 @@ fn planned_memory_is_within_a_fiftieth_of_what_the_driver_counted() {
         let planned = planned + cards::CONTEXT_BYTES;
         let used = bench["used_bytes"].as_u64().unwrap();
         let off = planned as f64 / used as f64 - 1.0;
-        assert!(off.abs() <= 0.02, "{model}: planned {planned}, used {used}");
+        // What is put by for the context and for kernels is more than a small model takes of it.
+        assert!((0.0..=0.025).contains(&off), "{model}: planned {planned}, used {used}");
     }
 }
 
