@@ -24,6 +24,7 @@ use crate::backend::cpu::{CpuBackend, CpuOptions};
 use crate::backend::cuda::{CudaBackend, CudaOptions, Source};
 use crate::backend::place::{DeviceArg, Place};
 use crate::batch::{AdapterIndex, SamplingParams, TokenId};
+use crate::memory::rss_bytes;
 use crate::metrics::Metrics;
 use crate::model::{Checkpoint, LoadError, Shard};
 use crate::request::{Event, PrefixSalt, Request, StopRules};
@@ -272,13 +273,6 @@ impl Numbers {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         ((self.0 >> 33) % u64::from(n)) as u32
     }
-}
-
-/// Resident memory of this process.
-pub fn rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// CPU time of this process so far, all threads together.

@@ -85,26 +85,28 @@ pub fn fit(
 /// available. `root` is `/` but in tests.
 pub fn available_bytes(root: &Path) -> Option<u64> {
     let meminfo = std::fs::read_to_string(root.join("proc/meminfo")).ok()?;
-    let system = meminfo_available(&meminfo)?;
+    let system = told_bytes(&meminfo, "MemAvailable:")?;
     let group = cgroup_free(root);
     Some(group.map_or(system, |group| group.min(system)))
 }
 
-fn meminfo_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// A size as the kernel tells it in a file of /proc: `VmRSS:  1234 kB`.
+fn told_bytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib * 1024)
+}
+
+/// Resident memory of this process.
+pub fn rss_bytes() -> Option<u64> {
+    told_bytes(&std::fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
 }
 
 /// The most that this process has had resident, less the files that are mapped now, which the kernel may drop at any
 /// time: what a limit of memory is held against. `root` is `/` but in tests.
 pub fn peak_bytes(root: &Path) -> Option<u64> {
     let status = std::fs::read_to_string(root.join("proc/self/status")).ok()?;
-    let kib = |name: &str| -> Option<u64> {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        line.trim().strip_suffix("kB")?.trim().parse().ok()
-    };
-    Some(kib("VmHWM:")?.saturating_sub(kib("RssFile:")?) * 1024)
+    Some(told_bytes(&status, "VmHWM:")?.saturating_sub(told_bytes(&status, "RssFile:")?))
 }
 
 /// The smallest free share from this process's group up to the root: a limit on any ancestor binds too.

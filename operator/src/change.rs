@@ -57,16 +57,15 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::revision::fixtures;
 
     fn plan(over: Value) -> PlanStatus {
-        let mut whole = json!({
-            "hash": "1", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 65536}, "contextTokens": 2048, "concurrency": 32,
-            "memoryBytes": {"weights": 1 << 30, "kv": 1 << 29, "workspace": 1, "process": 1, "total": 1 << 31, "capacity": 9},
-            "why": "it fits",
+        let mut base = json!({
+            "hash": "1", "cache": {"tokens": 65536}, "contextTokens": 2048, "concurrency": 32,
+            "memoryBytes": {"weights": 1 << 30, "kv": 1 << 29, "total": 1 << 31},
         });
-        crate::fields::overlay(&mut whole, &over);
-        serde_json::from_value(whole).unwrap()
+        crate::fields::overlay(&mut base, &over);
+        fixtures::plan(&base)
     }
 
     #[test]

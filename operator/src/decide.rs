@@ -16,7 +16,7 @@ use crate::exhausted::{self, Learned};
 use crate::facts::{self, Model};
 use crate::inspect::{self, Wanted};
 use crate::observe::Seen;
-use crate::plan::{self, Neighbours, Overrun, Question, Quota, Scope, Update};
+use crate::plan::{self, Neighbours, Overrun, Question, Update};
 use crate::reconcile::{Context, NEIGHBOURS_AGAIN, Pass};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{PlanPolicy, Spec};
@@ -238,14 +238,9 @@ async fn consider_better(
     };
     let nodes = plan::nodes(&case.seen.nodes, &Neighbours::default());
     let overruns = overruns(learned.as_ref());
-    let feasible = plan::feasible(&Question {
-        spec: case.spec,
-        facts: &facts,
-        nodes: &nodes,
-        quota: Quota::default(),
+    let (_, feasible) = plan::choose_among(&Question {
         overruns: &overruns,
-        prices: &case.context.prices,
-        scope: Scope::Runnable,
+        ..Question::of(case.spec, &facts, &nodes, &case.context.prices)
     });
     let best = lifecycle::better(plan, &feasible);
     let offered = pass.offered.take();
@@ -306,17 +301,11 @@ async fn replan(
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);
     let overruns = overruns(occasion.learned.as_ref());
-    let question = Question {
-        spec,
-        facts: &facts,
-        nodes: &nodes,
+    let (outcome, feasible) = plan::choose_among(&Question {
         quota: neighbours.quota,
         overruns: &overruns,
-        prices: &context.prices,
-        scope: Scope::Runnable,
-    };
-    let outcome = plan::choose(&question);
-    let feasible = plan::feasible(&question);
+        ..Question::of(spec, &facts, &nodes, &context.prices)
+    });
     let choice = match (occasion.cause, occasion.before) {
         (PlanCause::BetterPlan, Some(before)) => lifecycle::better(&before.content.plan, &feasible)
             .filter(|plan| plan::room_for(plan, &nodes) > 0)

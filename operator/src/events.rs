@@ -186,6 +186,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::revision::fixtures;
 
     fn status(scaling: Value) -> LLMDeploymentStatus {
         serde_json::from_value(json!({"scaling": scaling})).expect("a status")
@@ -216,14 +217,10 @@ mod tests {
     }
 
     fn plan(hash: &str) -> PlanStatus {
-        serde_json::from_value(json!({
-            "hash": hash, "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-            "why": "it fits",
+        fixtures::plan(&json!({
+            "hash": hash,
             "changed": {"from": "old", "cause": "SpecChanged", "values": ["cache.tokens: 128 → 64"]},
         }))
-        .unwrap()
     }
 
     fn offer(hash: &str) -> OfferStatus {

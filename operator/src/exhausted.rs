@@ -8,7 +8,7 @@ use plimsoll_contract::exit::{ExitReason, ExitReport, MemoryReport};
 use serde::{Deserialize, Serialize};
 
 use crate::amount;
-use crate::desired::names;
+use crate::desired::{names, pod};
 use crate::facts::containers;
 use crate::plan::{self, Overrun, explain};
 use crate::pods;
@@ -111,8 +111,7 @@ fn report(ended: &ContainerStateTerminated) -> Option<ExitReport> {
 
 /// The limit of memory under which the engines of a revision run.
 fn limit_bytes(standing: &Revision) -> Option<u64> {
-    let containers = standing.content.pod_template["spec"]["containers"].as_array()?;
-    let engine = containers.iter().find(|container| container["name"] == names::ENGINE)?;
+    let engine = pod::engine_of(&standing.content.pod_template)?;
     amount::units(engine["resources"]["limits"]["memory"].as_str()?)
 }
 

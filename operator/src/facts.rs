@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod, Volume};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodCondition, Volume};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use plimsoll_contract::exit::{ExitReason, ExitReport};
@@ -229,12 +229,14 @@ fn from_elsewhere(volume: &Volume) -> Option<String> {
 
 /// The scheduler's words, where it found no node.
 pub fn unschedulable(pod: &Pod) -> Option<&str> {
-    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-    let held = conditions.iter().find(|held| held.type_ == "PodScheduled")?;
-    if held.status == "True" {
-        return None;
-    }
+    let held = scheduling(pod).filter(|held| held.status != "True")?;
     held.message.as_deref().or(held.reason.as_deref())
+}
+
+/// What the scheduler made of the pod.
+pub fn scheduling(pod: &Pod) -> Option<&PodCondition> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|held| held.type_ == "PodScheduled")
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::cli::{LocalArgs, PlanArgs, UpArgs};
 use crate::engine::{self, Engine};
 use crate::plan::cards::{self, Card, Gpus};
 use crate::plan::what_if::Host;
-use crate::plan::{self, NodeResources, PlanOutcome, Prices, Question, Quota, Scope};
+use crate::plan::{self, NodeResources, PlanOutcome, Prices, Question, Scope};
 use crate::spec::{Source, Spec};
 use crate::{amount, manifest, show};
 
@@ -143,15 +143,8 @@ pub fn print_plan(args: &PlanArgs) -> anyhow::Result<ExitCode> {
             .map_err(|error| anyhow::anyhow!("--nodes: {error}"))?;
         (spec, nodes, Scope::Everything)
     };
-    let outcome = plan::choose(&Question {
-        spec: &spec,
-        facts: &facts,
-        nodes: &nodes,
-        quota: Quota::default(),
-        overruns: &[],
-        prices: &prices,
-        scope,
-    });
+    let question = Question { scope, ..Question::of(&spec, &facts, &nodes, &prices) };
+    let outcome = plan::choose(&question);
     let listed = if args.all { show::Listed::All } else { show::Listed::Best };
     let paint = show::Paint::of(&std::io::stdout());
     print!("{}", show::rendered(args.output, &spec, &facts, &outcome, paint, listed));

@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use crate::desired::names;
 use crate::measured::{self, Totals};
 use crate::observe::Caches;
-use crate::{ask, pods};
+use crate::{ask, pods, revision};
 
 /// Engines asked side by side.
 const LOOKS_MAX: usize = 8;
@@ -118,7 +118,7 @@ fn due(
     let status = object.status.as_ref()?;
     let revision = status.revision.clone()?;
     let (namespace, name) = (object.namespace()?, object.name_any());
-    let hash = revision.strip_prefix(&name)?.strip_prefix('-')?;
+    let hash = revision::hash_of(&revision, &name)?;
     let all = caches.observe(&namespace, &name).pods;
     let mut ready: Vec<&Arc<Pod>> =
         pods::of_revision(&all, hash).filter(|pod| pods::is_ready(pod)).collect();

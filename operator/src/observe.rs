@@ -127,7 +127,10 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
     let scope = Scope { client, namespace };
-    let everyone = everyone(objects.clone());
+    let everyone = {
+        let objects = objects.clone();
+        move || everyone(&objects)
+    };
     let (pod_monitors, monitored) =
         optional::follow(client, scope.api(), monitoring::POD_MONITORS, everyone.clone());
     let (prometheus_rules, ruled) =
@@ -182,8 +185,8 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
 }
 
 /// All of our objects, as of the moment of the call.
-fn everyone(objects: Store<LLMDeployment>) -> impl Fn() -> Vec<ObjectRef<LLMDeployment>> + Clone {
-    move || objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
+fn everyone(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {
+    objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
 }
 
 struct Scope<'a> {
@@ -291,7 +294,7 @@ fn objects_of_nodes(
     if !changed || !caches.is_ready() {
         return objects_without_a_plan(objects);
     }
-    objects.state().iter().map(|object| ObjectRef::from_obj(object.as_ref())).collect()
+    everyone(objects)
 }
 
 fn objects_without_a_plan(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {

@@ -39,7 +39,7 @@ pub use neighbours::{Asked, Neighbours, asked};
 pub use nodes::{NodeResources, OpenTo, PodsSeen, nodes};
 pub use outcome::{Miss, PlanOutcome, Rejected, Unit, status};
 pub use prices::{DATE as PRICES_DATE, Prices};
-pub use quota::{Quota, quota};
+pub use quota::{Quota, is_scoped, quota};
 pub use room::{Update, pods as room_for, room};
 
 /// Requests that run at once where the spec names no concurrency.
@@ -63,6 +63,19 @@ pub struct Question<'a> {
     pub overruns: &'a [Overrun],
     pub prices: &'a Prices,
     pub scope: Scope,
+}
+
+impl<'a> Question<'a> {
+    /// What runs, where nothing is known but the nodes.
+    pub fn of(
+        spec: &'a Spec,
+        facts: &'a ModelFacts,
+        nodes: &'a [NodeResources],
+        prices: &'a Prices,
+    ) -> Question<'a> {
+        let (quota, overruns) = (Quota::default(), &[]);
+        Question { spec, facts, nodes, quota, overruns, prices, scope: Scope::Runnable }
+    }
 }
 
 /// Bytes by which an engine on this class needed more than its plan said.
@@ -150,20 +163,16 @@ impl Refusal {
 
 /// Chooses among what runs, with nothing known but the nodes.
 pub fn plan(spec: &Spec, facts: &ModelFacts, nodes: &[NodeResources]) -> PlanOutcome {
-    let prices = Prices::default();
-    choose(&Question {
-        spec,
-        facts,
-        nodes,
-        quota: Quota::default(),
-        overruns: &[],
-        prices: &prices,
-        scope: Scope::Runnable,
-    })
+    choose(&Question::of(spec, facts, nodes, &Prices::default()))
 }
 
 /// Chooses. The same inputs, in whatever order nodes come, give the same outcome.
 pub fn choose(question: &Question<'_>) -> PlanOutcome {
+    choose_among(question).0
+}
+
+/// The same, with every plan that runs and can be had beside it, the best first: the chosen one leads them.
+pub fn choose_among(question: &Question<'_>) -> (PlanOutcome, Vec<Plan>) {
     let Question { spec, nodes, .. } = *question;
     let (allowed, left_out) = allowed(spec, machines::machines(spec, nodes));
     let (feasible, mut refused) = weighed(question, &allowed);
@@ -171,11 +180,11 @@ pub fn choose(question: &Question<'_>) -> PlanOutcome {
         refused.push(Rejected::class(&class, why));
     }
     let objective = spec.preferences.objective;
-    let best = feasible.iter().position(|one| one.candidate.runnable);
-    let chosen = best.map(|best| {
-        let why = explain::chosen(question, &feasible, best);
-        assemble(spec, &feasible[best], why)
-    });
+    let runnable = || feasible.iter().enumerate().filter(|(_, one)| one.candidate.runnable);
+    let best = runnable().next().map(|(at, _)| at);
+    let plans: Vec<Plan> = runnable()
+        .map(|(at, one)| assemble(spec, one, explain::chosen(question, &feasible, at)))
+        .collect();
     let others = feasible.iter().enumerate().filter(|(index, _)| Some(*index) != best);
     let mut rejected: Vec<_> = others
         .map(|(_, other)| {
@@ -184,18 +193,7 @@ pub fn choose(question: &Question<'_>) -> PlanOutcome {
         })
         .collect();
     rejected.extend(refused);
-    PlanOutcome { chosen, rejected }
-}
-
-/// Every plan that runs and can be had, the best first, whatever is chosen of them.
-pub fn feasible(question: &Question<'_>) -> Vec<Plan> {
-    let (allowed, _) = allowed(question.spec, machines::machines(question.spec, question.nodes));
-    let (feasible, _) = weighed(question, &allowed);
-    let plan = |(at, one): (usize, &Feasible<'_>)| {
-        let runs = one.candidate.runnable;
-        runs.then(|| assemble(question.spec, one, explain::chosen(question, &feasible, at)))
-    };
-    feasible.iter().enumerate().filter_map(plan).collect()
+    (PlanOutcome { chosen: plans.first().cloned(), rejected }, plans)
 }
 
 /// What can be had, the best first, and what cannot.

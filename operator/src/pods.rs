@@ -11,7 +11,9 @@ use plimsoll_contract::exit::ExitReport;
 use plimsoll_crds::Reason;
 
 use crate::desired::names;
-use crate::facts::{containers, kept_waiting, mount_patience_left, unmounted, unschedulable};
+use crate::facts::{
+    containers, kept_waiting, mount_patience_left, scheduling, unmounted, unschedulable,
+};
 
 /// Restarts without a word after which we speak of a loop.
 const SILENT_RESTARTS_MAX: i32 = 3;
@@ -83,11 +85,9 @@ pub fn of_revision<'a>(pods: &'a [Arc<Pod>], hash: &str) -> impl Iterator<Item =
 
 /// Since when the pod that waits longest is told that no node takes it.
 pub fn waits_for_node_since(pods: &[Arc<Pod>], hash: &str) -> Option<Timestamp> {
-    let told = of_revision(pods, hash).flat_map(|pod| {
-        let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-        conditions.filter(|held| held.type_ == "PodScheduled" && held.status == "False")
-    });
-    told.filter_map(|held| held.last_transition_time.as_ref()).map(|time| time.0).min()
+    let told = of_revision(pods, hash).filter_map(|pod| scheduling(pod));
+    let refused = told.filter(|held| held.status == "False");
+    refused.filter_map(|held| held.last_transition_time.as_ref()).map(|time| time.0).min()
 }
 
 /// Neither leaving nor over.

@@ -125,8 +125,9 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
     let identity = Identity::of(object);
     let heeded = heed(object, &identity, context).await?;
     let object = heeded.as_ref().unwrap_or(object);
+    let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
     let mut pass = Pass {
-        replicas: u32::try_from(object.spec.replicas).unwrap_or(0),
+        replicas: if object.spec.suspend { 0 } else { replicas },
         scaling: object.status.as_ref().and_then(|status| status.scaling.clone()),
         ..Pass::default()
     };
@@ -232,7 +233,7 @@ async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Resul
     let plan = planned.map(|revision| &revision.content.plan);
     let (replicas, held_to) = scale::replicas(spec, pass.scaling.as_ref(), plan);
     (pass.replicas, pass.held_to) = (replicas, held_to);
-    let around = Surroundings { replicas, ..Surroundings::of(spec, &context.settings) };
+    let around = Surroundings::of(spec, replicas, &context.settings);
     let now = context.now().0;
     let rollout = match &pass.current {
         Some(to) => Some(rollout::step(&rollout::Inputs {
@@ -401,7 +402,7 @@ async fn tell(
 ) -> Result<(), ApplyError> {
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let advice = context.advices.of(&identity.uid);
-    let replicas = if object.spec.suspend { 0 } else { pass.replicas };
+    let replicas = pass.replicas;
     let before = object.status.as_ref();
     let standing = pass.rollout.as_ref().map(|rollout| &rollout.revision);
     let failed = pass.rollout.as_ref().zip(pass.current.as_ref());

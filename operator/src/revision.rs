@@ -243,17 +243,23 @@ pub fn to_forget<'a>(
     dispensable.map(|revision| revision.name.as_str()).collect()
 }
 
+/// The hash in the name of a revision of this object.
+pub fn hash_of<'a>(name: &'a str, object_name: &str) -> Option<&'a str> {
+    name.strip_prefix(object_name)?.strip_prefix('-')
+}
+
 /// Hash of the revision that the Deployment stands for; without one, which somebody may have deleted, that of the revision
 /// which status names.
 pub fn standing_hash(object: &LLMDeployment, deployment: Option<&Deployment>) -> Option<String> {
     let deployed = deployment.and_then(|held| held.labels().get(names::REVISION).cloned());
     let told = || {
         let name = object.status.as_ref()?.revision.as_ref()?;
-        let hash = name.strip_prefix(&object.name_any())?.strip_prefix('-')?;
-        Some(hash.to_owned())
+        hash_of(name, &object.name_any()).map(str::to_owned)
     };
     deployed.or_else(told)
 }
 
+#[cfg(test)]
+pub mod fixtures;
 #[cfg(test)]
 mod tests;

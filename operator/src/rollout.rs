@@ -20,7 +20,7 @@ use plimsoll_crds::{
 use serde::{Deserialize, Serialize};
 
 use crate::desired::names;
-use crate::facts::unschedulable;
+use crate::facts::{scheduling, unschedulable};
 use crate::plan::Update;
 use crate::pods::{self, Engines};
 use crate::revision::Revision;
@@ -180,17 +180,10 @@ fn out_of_room(
     hash: &str,
     now: Timestamp,
 ) -> (Option<String>, Option<Duration>) {
-    let waits = |pod: &&Arc<Pod>| {
-        pod.metadata.deletion_timestamp.is_none()
-            && pod.labels().get(names::REVISION).map(String::as_str) == Some(hash)
-    };
     let mut left = None;
-    for pod in pods.iter().filter(waits) {
+    for pod in pods::of_revision(pods, hash) {
         let Some(words) = unschedulable(pod) else { continue };
-        let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-        let since = conditions
-            .filter(|held| held.type_ == "PodScheduled")
-            .find_map(|held| held.last_transition_time.as_ref());
+        let since = scheduling(pod).and_then(|held| held.last_transition_time.as_ref());
         let Some(since) = since else { continue };
         let waited = Duration::try_from(now.duration_since(since.0)).unwrap_or_default();
         let more = ROOM_PATIENCE.saturating_sub(waited);

@@ -91,6 +91,20 @@ pub struct Workload {
     pub concurrency: Option<u32>,
 }
 
+impl Workload {
+    /// Tokens of prompt and answer of one request as far as the spec says; a missing half is what `usual` tokens leave beside
+    /// the other, at least one.
+    pub fn request(&self, usual: u32) -> Option<(u32, u32)> {
+        let rest = |one: u32| usual.saturating_sub(one).max(1);
+        match (self.prompt_tokens, self.output_tokens) {
+            (Some(prompt), Some(output)) => Some((prompt, output)),
+            (Some(prompt), None) => Some((prompt, rest(prompt))),
+            (None, Some(output)) => Some((rest(output), output)),
+            (None, None) => None,
+        }
+    }
+}
+
 /// Within which bounds and after which aims the number of replicas is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Scaling {

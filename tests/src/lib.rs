@@ -8,5 +8,6 @@ pub mod http;
 pub mod hub;
 pub mod install;
 pub mod load;
+pub mod over;
 pub mod stage;
 pub mod traffic;

@@ -11,6 +11,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::http::Connection;
+use crate::over::Over;
 
 /// A client that lost a request waits, so that an outage is not counted by how fast refusals come.
 const AFTER_LOSS: Duration = Duration::from_millis(100);
@@ -57,17 +58,12 @@ pub fn under_load<T>(
                 }
             });
         }
-        // The clients must end even when the story panics.
-        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(story));
-        over.store(true, Ordering::Relaxed);
-        told
+        let _over = Over(&over);
+        story()
     });
     let lost = lost.into_inner().expect("no one panics here");
     let outcome = Outcome { answered: answered.into_inner(), closed: closed.into_inner(), lost };
-    match told {
-        Ok(told) => (outcome, told),
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
+    (outcome, told)
 }
 
 /// One request over the pooled connection; whether it stays in the pool.

@@ -12,6 +12,7 @@ use anyhow::{Result, bail};
 use serde_json::Value;
 
 use crate::http::Connection;
+use crate::over::Over;
 
 /// Requests in flight beyond which a machine of two cores would measure its own threads.
 const IN_FLIGHT_MAX: usize = 400;
@@ -72,7 +73,7 @@ pub fn with_traffic<T>(
         Traffic { rate: AtomicU64::new(0), began: Instant::now(), told: Mutex::default() };
     let over = AtomicBool::new(false);
     let in_flight = AtomicUsize::new(0);
-    let told = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         scope.spawn(|| {
             let mut chance = 0x5EED_u64;
             let mut due = Instant::now();
@@ -102,12 +103,9 @@ pub fn with_traffic<T>(
                 });
             }
         });
-        // The traffic must end even when the story panics.
-        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| story(&traffic)));
-        over.store(true, Ordering::Relaxed);
-        told
-    });
-    told.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let _over = Over(&over);
+        story(&traffic)
+    })
 }
 
 /// Time to the next request: exponential, from a generator that repeats (SplitMix64).

@@ -12,6 +12,7 @@ use plimsoll_tests::cluster::{shared_node, wait_until};
 use plimsoll_tests::http::Connection;
 use plimsoll_tests::install;
 use plimsoll_tests::load::{Outcome, under_load};
+use plimsoll_tests::over::Over;
 use plimsoll_tests::stage::{READY_MAX, Stage};
 use serde_json::{Value, json};
 
@@ -139,6 +140,7 @@ fn kill_an_engine(stage: &Stage<'_>) -> usize {
     let (killed, spared) = (here[0], here[1]);
     let over = AtomicBool::new(false);
     let (lost, kept) = std::thread::scope(|scope| {
+        let ends = Over(&over);
         let streams = |pod: &Value| {
             let address = address(pod);
             let over = &over;
@@ -150,7 +152,7 @@ fn kill_an_engine(stage: &Stage<'_>) -> usize {
         std::thread::sleep(Duration::from_secs(1));
         kill(killed["metadata"]["uid"].as_str().unwrap()).unwrap();
         std::thread::sleep(Duration::from_secs(2));
-        over.store(true, Ordering::Relaxed);
+        drop(ends);
         let broken = |streams: Vec<std::thread::ScopedJoinHandle<'_, bool>>| {
             streams.into_iter().map(|stream| stream.join().unwrap()).filter(|broke| *broke).count()
         };

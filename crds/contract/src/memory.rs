@@ -5,7 +5,7 @@ mod cuda;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::cuda::head_width as cuda_head_width;
+pub use self::cuda::{RUN_HEADS as CUDA_RUN_HEADS, head_width as cuda_head_width};
 use crate::abilities::{Ability, Backend, PAGE_TOKENS};
 use crate::facts::{ModelFacts, ParametersByRole};
 

@@ -9,12 +9,13 @@ use plimsoll_contract::exit::ExitReport;
 use plimsoll_contract::memory::StepLimits;
 use serde::Serialize;
 
+use super::Numbers;
 use super::workloads::{CONTEXT_TOKENS, Figures, RUNNING_MAX, Suite};
-use super::{Numbers, rss_bytes};
 use crate::backend::cuda::clock::StepTime;
 use crate::backend::cuda::{CudaBackend, CudaOptions, Source};
 use crate::backend::place::{DeviceArg, Place};
 use crate::exit::internal;
+use crate::memory::rss_bytes;
 use crate::metrics::Metrics;
 use crate::model::{Config, Plan, named};
 use crate::step::{self, Limits};

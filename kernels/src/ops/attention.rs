@@ -95,9 +95,8 @@ pub struct DecodePlan {
     pub cluster: u32,
 }
 
-/// Query heads of a KV head that a decode block takes, at most: the rows of one tensor-core operand. More that share one
-/// go to further blocks.
-const RUN_HEADS: usize = 16;
+/// Query heads that a decode block takes, at most.
+const RUN_HEADS: usize = plimsoll_contract::memory::CUDA_RUN_HEADS as usize;
 
 /// Splits of a cluster, at most: what every Hopper card grants.
 const CLUSTER_MAX: u32 = 8;

@@ -8,7 +8,7 @@ use super::linear::dot;
 use super::softmax::softmax;
 
 /// Tokens per page, everywhere in Plimsoll.
-pub const PAGE_TOKENS: usize = 64;
+pub const PAGE_TOKENS: usize = plimsoll_contract::abilities::PAGE_TOKENS as usize;
 
 /// The two halves of a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

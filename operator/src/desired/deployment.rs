@@ -4,7 +4,7 @@
 use k8s_openapi::api::apps::v1::Deployment;
 use serde_json::{Value, json};
 
-use super::{Identity, names};
+use super::{Identity, names, pod};
 use crate::apply::Want;
 use crate::plan::Update;
 
@@ -48,9 +48,7 @@ pub fn deployment(
 
 /// What the engine's startup probe allows.
 fn start_seconds(pod_template: &Value) -> u64 {
-    let containers = pod_template["spec"]["containers"].as_array();
-    let engine = containers.into_iter().flatten().find(|held| held["name"] == names::ENGINE);
-    let probe = engine.map(|engine| &engine["startupProbe"]);
+    let probe = pod::engine_of(pod_template).map(|engine| &engine["startupProbe"]);
     let field = |name: &str| probe.and_then(|probe| probe[name].as_u64());
     field("failureThreshold").unwrap_or(0) * field("periodSeconds").unwrap_or(1)
 }

@@ -110,9 +110,9 @@ pub struct Surroundings<'a> {
 }
 
 impl<'a> Surroundings<'a> {
-    pub fn of(spec: &Spec, settings: &'a Settings) -> Surroundings<'a> {
+    pub fn of(spec: &Spec, replicas: u32, settings: &'a Settings) -> Surroundings<'a> {
         Surroundings {
-            replicas: if spec.suspend { 0 } else { spec.replicas },
+            replicas,
             clients: spec.clients.unwrap_or(settings.clients),
             promises: Promises::of(spec.preferences.slo),
             settings,
@@ -159,4 +159,4 @@ pub fn children(identity: &Identity, rollout: &Rollout, around: Surroundings<'_>
 }
 
 #[cfg(test)]
-mod tests;
+pub mod tests;

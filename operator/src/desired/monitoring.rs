@@ -89,8 +89,8 @@ pub struct Promises {
 
 impl Promises {
     pub fn of(slo: Slo) -> Promises {
-        let seconds = |microseconds: u64| microseconds as f64 / 1e6;
-        Promises { ttft_seconds: slo.ttft.map(seconds), tpot_seconds: slo.tpot.map(seconds) }
+        let [ttft_seconds, tpot_seconds] = slo.seconds();
+        Promises { ttft_seconds, tpot_seconds }
     }
 }
 

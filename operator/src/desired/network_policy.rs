@@ -78,21 +78,13 @@ fn port_of(endpoint: &str) -> u16 {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn policy(template: Value, clients: Clients, hub: Option<&str>) -> Value {
         let identity =
             Identity { namespace: "team".into(), name: "assistant".into(), uid: "u".into() };
-        let settings = Settings {
-            engine_image: "i".into(),
-            allow_host_path: false,
-            hub_endpoint: hub.map(str::to_owned),
-            clients: Clients::Cluster,
-            monitor_labels: BTreeMap::new(),
-            home: "plimsoll-system".into(),
-        };
+        let hub_endpoint = hub.map(str::to_owned);
+        let settings = Settings { hub_endpoint, ..super::super::tests::settings() };
         network_policy(&identity, &template, clients, &settings).body["spec"].clone()
     }
 

@@ -111,6 +111,12 @@ fn tolerate_gpu_nodes(tolerations: &mut Value) {
     }
 }
 
+/// The engine's container in a pod template.
+pub fn engine_of(pod_template: &Value) -> Option<&Value> {
+    let containers = pod_template["spec"]["containers"].as_array()?;
+    containers.iter().find(|container| container["name"] == names::ENGINE)
+}
+
 fn engine(inputs: &Inputs<'_>) -> Value {
     let Inputs { spec, plan, facts, place, settings, .. } = *inputs;
     let mut arguments = vec![

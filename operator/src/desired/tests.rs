@@ -22,7 +22,7 @@ fn facts() -> ModelFacts {
     .unwrap()
 }
 
-fn settings() -> Settings {
+pub fn settings() -> Settings {
     Settings {
         engine_image: "example/engine:1".to_owned(),
         allow_host_path: false,

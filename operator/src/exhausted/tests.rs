@@ -5,25 +5,22 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::plan::tests::{facts, node, spec};
-use crate::plan::{Prices, Question, Quota, Scope};
-use crate::revision::Content;
+use crate::plan::{Prices, Question};
+use crate::revision::fixtures;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 fn standing(accelerator: &str, total: u64, capacity: u64, limit: &str) -> Revision {
-    let content: Content = serde_json::from_value(json!({
-        "templateVersion": 1, "specDigest": "d", "modelKey": "k", "sharedDownload": false,
-        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
-        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": accelerator,
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": total, "capacity": capacity},
-            "why": "it fits"},
-        "podTemplate": {"spec": {"containers": [{"name": "sidecar"},
-            {"name": "engine", "resources": {"limits": {"memory": limit}}}]}},
-    }))
-    .unwrap();
-    Revision { name: "assistant-new".to_owned(), hash: "new".to_owned(), number: 2, content }
+    let containers = json!([{"name": "sidecar"},
+        {"name": "engine", "resources": {"limits": {"memory": limit}}}]);
+    fixtures::revision(
+        "new",
+        &json!({
+            "plan": {"accelerator": accelerator, "memoryBytes": {"total": total, "capacity": capacity}},
+            "podTemplate": {"spec": {"containers": containers}},
+        }),
+    )
 }
 
 fn pod(hash: &str, container: &str, ended: Value) -> Arc<Pod> {
@@ -114,15 +111,9 @@ fn what_was_learned_before_is_kept_and_of_several_pods_the_worst_counts() {
 fn dynamo_10104_a_plan_that_ran_out_of_memory_is_made_again_with_less_cache() {
     let spec = spec(json!({"resources": {"memory": "8Gi"}, "contextTokens": 2048}));
     let plans = |bytes: u64| {
-        plan::choose(&Question {
-            spec: &spec,
-            facts: &facts(),
-            nodes: &[node(16 * GIB)],
-            quota: Quota::default(),
-            overruns: &[Overrun { class: "cpu".to_owned(), bytes }],
-            prices: &Prices::default(),
-            scope: Scope::Runnable,
-        })
+        let overruns = &[Overrun { class: "cpu".to_owned(), bytes }];
+        let (facts, nodes, prices) = (facts(), [node(16 * GIB)], Prices::default());
+        plan::choose(&Question { overruns, ..Question::of(&spec, &facts, &nodes, &prices) })
     };
     let before = plans(0).chosen.unwrap();
     let after = plans(GIB).chosen.unwrap();

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::*;
 use crate::plan::cards::Card;
 use crate::plan::tests::{facts, node, spec};
-use crate::plan::{NodeResources, Prices, Question, Quota, Scope};
+use crate::plan::{NodeResources, Prices, Question};
 
 const GIB: u64 = 1 << 30;
 
@@ -21,15 +21,8 @@ fn with_card(memory_bytes: u64, product: &str, card_bytes: u64) -> NodeResources
 }
 
 fn plans(nodes: &[NodeResources]) -> Vec<Plan> {
-    plan::feasible(&Question {
-        spec: &spec(json!({})),
-        facts: &facts(),
-        nodes,
-        quota: Quota::default(),
-        overruns: &[],
-        prices: &Prices::default(),
-        scope: Scope::Runnable,
-    })
+    let (spec, facts, prices) = (spec(json!({})), facts(), Prices::default());
+    plan::choose_among(&Question::of(&spec, &facts, nodes, &prices)).1
 }
 
 fn status(nodes: &[NodeResources]) -> PlanStatus {

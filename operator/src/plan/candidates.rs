@@ -28,7 +28,7 @@ pub struct Candidate<'a> {
     /// Bytes that one pod may use of each card: what is left of it; or what others leave of the node, or what the spec allows
     /// of that.
     pub capacity: u64,
-    /// What of the capacity an engine of this class took beyond its plan, once, and is not planned with again.
+    /// What an engine on this class needed beside its plan's sum, and the next sum counts with the process.
     pub overrun: u64,
 }
 

@@ -52,16 +52,9 @@ pub struct Load {
 
 impl Load {
     pub fn of(workload: &Workload, context_tokens: u32) -> Load {
-        let Workload { prompt_tokens, output_tokens, concurrency } = *workload;
         let usual = REQUEST_TOKENS_DEFAULT.min(context_tokens).max(2);
-        let rest = |one: u32| usual.saturating_sub(one).max(1);
-        let (prompt, output) = match (prompt_tokens, output_tokens) {
-            (Some(prompt), Some(output)) => (prompt, output),
-            (Some(prompt), None) => (prompt, rest(prompt)),
-            (None, Some(output)) => (rest(output), output),
-            (None, None) => (usual / 2, usual / 2),
-        };
-        Load { prompt, output, concurrency: concurrency.unwrap_or(CONCURRENCY_DEFAULT) }
+        let (prompt, output) = workload.request(usual).unwrap_or((usual / 2, usual / 2));
+        Load { prompt, output, concurrency: workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT) }
     }
 }
 

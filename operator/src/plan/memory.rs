@@ -14,7 +14,7 @@ use super::{
     CONCURRENCY_DEFAULT, GPU_RUNNING_DEFAULT, GPU_STEP_TOKENS_MAX, Miss, REQUEST_TOKENS_DEFAULT,
     Refusal, STEP_TOKENS_MAX, Unit, explain,
 };
-use crate::spec::{Spec, Workload};
+use crate::spec::Spec;
 
 /// What the sum does not hold: while weights are read, pages of files and buffers come on top for a moment. A limit that
 /// is the sum itself would end the engine there.
@@ -206,7 +206,8 @@ impl Need {
         let trained = u64::from(facts.context_tokens);
         let context = spec.context_tokens.map(u64::from);
         let context_wanted = context.unwrap_or(trained);
-        let request = request_tokens(&spec.workload);
+        let request = spec.workload.request(REQUEST_TOKENS_DEFAULT);
+        let request = request.map(|(prompt, output)| u64::from(prompt) + u64::from(output));
         let usual = u64::from(REQUEST_TOKENS_DEFAULT);
         let request_or_usual = request.unwrap_or(usual).min(context_wanted);
         let concurrency = u64::from(spec.workload.concurrency.unwrap_or(CONCURRENCY_DEFAULT));
@@ -224,16 +225,6 @@ impl Need {
             return Need { least: held, demanded, wanted: held, context_wanted: least };
         }
         Need { least, demanded, wanted: demanded.max(context_wanted).max(load), context_wanted }
-    }
-}
-
-/// Tokens of one request as far as the spec says; a missing half is what the usual length leaves, at least one token.
-fn request_tokens(workload: &Workload) -> Option<u64> {
-    let usual = u64::from(REQUEST_TOKENS_DEFAULT);
-    match (workload.prompt_tokens, workload.output_tokens) {
-        (Some(prompt), Some(output)) => Some(u64::from(prompt) + u64::from(output)),
-        (Some(one), None) | (None, Some(one)) => Some(usual.max(u64::from(one) + 1)),
-        (None, None) => None,
     }
 }
 

@@ -1,7 +1,7 @@
 //! Quotas of a namespace enter; what it may still ask for leaves. Pure. Quotas with a scope hold for some pods only, and are not
 //! reckoned with.
 
-use k8s_openapi::api::core::v1::ResourceQuota;
+use k8s_openapi::api::core::v1::{ResourceQuota, ResourceQuotaSpec};
 
 use super::cards::RESOURCE;
 use crate::amount;
@@ -19,13 +19,13 @@ pub fn quota(quotas: &[ResourceQuota], own: u64) -> Quota {
     Quota { gpus: left.min() }
 }
 
+/// Whether a quota holds for a part of the pods only.
+pub fn is_scoped(spec: &ResourceQuotaSpec) -> bool {
+    spec.scope_selector.is_some() || spec.scopes.as_ref().is_some_and(|scopes| !scopes.is_empty())
+}
+
 fn gpus_left(quota: &ResourceQuota, own: u64) -> Option<u64> {
-    let spec = quota.spec.as_ref()?;
-    let scoped =
-        spec.scope_selector.is_some() || spec.scopes.as_ref().is_some_and(|s| !s.is_empty());
-    if scoped {
-        return None;
-    }
+    let spec = quota.spec.as_ref().filter(|spec| !is_scoped(spec))?;
     let name = format!("requests.{RESOURCE}");
     let hard = &spec.hard.as_ref()?.get(&name)?.0;
     // Quantities of zero are none that `amount` reads.

@@ -1,22 +1,13 @@
-use std::collections::BTreeMap;
-
 use plimsoll_crds::{Clients, RolloutStrategy};
 
 use super::*;
+use crate::desired::Surroundings;
 use crate::desired::monitoring::Promises;
-use crate::desired::{Settings, Surroundings};
 
 fn content(digest: &str) -> Content {
-    serde_json::from_value(json!({
-        "templateVersion": 1, "specDigest": digest, "modelKey": "k", "sharedDownload": false,
-        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
-        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-            "why": "it fits"},
-        "podTemplate": {"metadata": {"labels": {}}, "spec": {"containers": [{"name": "engine", "image": "a"}]}},
-    }))
-    .unwrap()
+    let engine = json!([{"name": "engine", "image": "a"}]);
+    let template = json!({"metadata": {"labels": {}}, "spec": {"containers": engine}});
+    fixtures::content(&json!({"specDigest": digest, "podTemplate": template}))
 }
 
 const AUTO: PlanPolicy = PlanPolicy { manual: false, pinned_hash: None };
@@ -95,14 +86,7 @@ fn a_revision_of_another_renderer_is_rendered_from_as_it_stands() {
     let read = committed(&[stored(&old)], "u");
     let found = answering(&read, "d", &AUTO, None).unwrap();
     let identity = Identity { namespace: "n".into(), name: "assistant".into(), uid: "u".into() };
-    let settings = Settings {
-        engine_image: "of/today".to_owned(),
-        allow_host_path: false,
-        hub_endpoint: None,
-        home: "n".to_owned(),
-        clients: Clients::Cluster,
-        monitor_labels: BTreeMap::new(),
-    };
+    let settings = crate::desired::tests::settings();
     let promises = Promises::default();
     let around =
         Surroundings { replicas: 1, clients: Clients::Cluster, promises, settings: &settings };

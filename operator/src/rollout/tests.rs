@@ -1,22 +1,12 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::revision::Content;
+use crate::revision::fixtures;
 
 const NOW: &str = "2026-01-01T00:10:00Z";
 
 fn revision(hash: &str, update: Update) -> Revision {
-    let content: Content = serde_json::from_value(json!({
-        "templateVersion": 1, "specDigest": hash, "modelKey": "k", "sharedDownload": false, "update": update,
-        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
-        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-            "why": "it fits"},
-        "podTemplate": {},
-    }))
-    .unwrap();
-    Revision { name: format!("assistant-{hash}"), hash: hash.to_owned(), number: 1, content }
+    fixtures::revision(hash, &json!({"specDigest": hash, "update": update}))
 }
 
 fn deployment(hash: &str, memory: Option<Value>, progress: &str) -> Deployment {

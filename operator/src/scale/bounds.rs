@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use super::decide::Bounds;
 use crate::amount;
-use crate::plan::CPU_CLASS;
+use crate::plan::{self, CPU_CLASS};
 use crate::spec::{Scaling, Spec};
 
 /// GPUs that one replica holds.
@@ -79,9 +79,8 @@ fn asks(pod_template: &Value) -> BTreeMap<String, u64> {
 
 /// How many such pods a quota still lets in, and the words for it. Quotas of a part of the pods are left to the API server.
 fn room(quota: &ResourceQuota, asks: &BTreeMap<String, u64>) -> Option<(u32, String)> {
-    let spec = quota.spec.as_ref()?;
     let status = quota.status.as_ref()?;
-    if spec.scope_selector.is_some() || spec.scopes.as_ref().is_some_and(|it| !it.is_empty()) {
+    if quota.spec.as_ref().is_none_or(plan::is_scoped) {
         return None;
     }
     let name = quota.metadata.name.as_deref().unwrap_or_default();
@@ -104,25 +103,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::fields::overlay;
+    use crate::revision::fixtures;
 
     fn spec(fields: Value) -> Spec {
-        let mut whole = json!({"model": {"source": "hf://a/b"}, "scaling": {"min": 2, "max": 9}});
-        for (field, value) in fields.as_object().unwrap() {
-            whole[field] = value.clone();
-        }
-        let object = json!({"apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
-            "metadata": {"name": "a"}, "spec": whole});
-        Spec::parse(&serde_json::from_value(object).unwrap()).unwrap()
+        let mut whole = json!({"scaling": {"min": 2, "max": 9}});
+        overlay(&mut whole, &fields);
+        crate::plan::tests::spec(whole)
     }
 
     fn plan(accelerator: &str, tensor_parallel: i32) -> PlanStatus {
-        serde_json::from_value(json!({
-            "hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": tensor_parallel,
-            "accelerator": accelerator, "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64},
-            "contextTokens": 64, "concurrency": 1, "why": "it fits", "memoryBytes": {"weights": 1,
-            "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-        }))
-        .unwrap()
+        fixtures::plan(&json!({"accelerator": accelerator, "tensorParallel": tensor_parallel}))
     }
 
     fn bounds_of(spec: &Spec, plan: &PlanStatus) -> Bounds {

@@ -1,27 +1,14 @@
 //! What the loop and the reconcile hand to each other.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
-
-fn spec(fields: Value) -> Spec {
-    let mut whole = json!({"model": {"source": "hf://a/b"}});
-    for (field, value) in fields.as_object().unwrap() {
-        whole[field] = value.clone();
-    }
-    let object = json!({"apiVersion": "plimsoll.dev/v1alpha1", "kind": "LLMDeployment",
-        "metadata": {"name": "a"}, "spec": whole});
-    Spec::parse(&serde_json::from_value(object).unwrap()).unwrap()
-}
+use crate::plan::tests::spec;
+use crate::revision::fixtures;
 
 fn plan() -> PlanStatus {
-    serde_json::from_value(json!({
-        "hash": "p", "quantization": "None", "dtype": "BF16", "tensorParallel": 2,
-        "accelerator": "nvidia-h200", "cache": {"strategy": "Dynamic", "dtype": "BF16", "tokens": 64},
-        "contextTokens": 64, "concurrency": 1, "why": "it fits", "memoryBytes": {"weights": 1,
-        "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-    }))
-    .unwrap()
+    fixtures::plan(&json!({"accelerator": "nvidia-h200", "dtype": "BF16", "tensorParallel": 2,
+        "cache": {"dtype": "BF16"}}))
 }
 
 #[test]

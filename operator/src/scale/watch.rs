@@ -24,6 +24,7 @@ use crate::desired::Identity;
 use crate::metrics::Metrics;
 use crate::observe::Caches;
 use crate::pods::{self, Engines};
+use crate::revision;
 use crate::spec::{Scaling, Spec};
 use crate::status::Said;
 
@@ -233,12 +234,12 @@ impl Case {
     }
 
     fn aims(&self) -> Aims {
-        let seconds = |microseconds: u64| microseconds as f64 / 1e6;
+        let [ttft_seconds, tpot_seconds] = self.spec.preferences.slo.seconds();
         Aims {
             queue_per_replica: self.scaling.queue_per_replica,
             concurrency: u32::try_from(self.plan.concurrency).unwrap_or(1).max(1),
-            ttft_seconds: self.spec.preferences.slo.ttft.map(seconds),
-            tpot_seconds: self.spec.preferences.slo.tpot.map(seconds),
+            ttft_seconds,
+            tpot_seconds,
             stabilization_seconds: self.scaling.stabilization_seconds.into(),
         }
     }
@@ -294,7 +295,7 @@ fn case(
     let spec = Spec::parse(&object).ok()?;
     let status = object.status.as_ref()?;
     let revision = status.revision.clone();
-    let hash = revision.as_deref().and_then(|name| Some(name.rsplit_once('-')?.1));
+    let hash = revision.as_deref().and_then(|name| revision::hash_of(name, &identity.name));
     let answering = pods::answering(pods);
     let newest = answering.iter().filter_map(|(_, since)| *since).max();
     Some(Case {

@@ -43,6 +43,11 @@ impl Slo {
     pub fn is_stated(&self) -> bool {
         self.ttft.is_some() || self.tpot.is_some()
     }
+
+    /// Time to first token and time per output token.
+    pub fn seconds(self) -> [Option<f64>; 2] {
+        [self.ttft, self.tpot].map(|bound| bound.map(|microseconds| microseconds as f64 / 1e6))
+    }
 }
 
 /// The least bits of what the planner chooses by itself.

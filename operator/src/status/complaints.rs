@@ -3,22 +3,9 @@
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
 
+use super::tests::nothing;
 use super::*;
-use crate::revision::Content;
-
-fn revision() -> Revision {
-    let content: Content = serde_json::from_value(json!({
-        "templateVersion": 1, "specDigest": "d", "modelKey": "k", "sharedDownload": false,
-        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
-        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-            "why": "it fits"},
-        "podTemplate": {},
-    }))
-    .unwrap();
-    Revision { name: "assistant-new".to_owned(), hash: "new".to_owned(), number: 2, content }
-}
+use crate::revision::fixtures;
 
 /// A pod of the revision `hash` with this status; on a node unless it says that it has none.
 fn pod(hash: &str, status: Value) -> Arc<Pod> {
@@ -64,28 +51,8 @@ fn told(
     before: Option<&LLMDeploymentStatus>,
     second: i64,
 ) -> LLMDeploymentStatus {
-    let revision = revision();
-    let found = Findings {
-        namespace: "team",
-        name: "assistant",
-        generation: Some(3),
-        trouble: None,
-        model: Some(Said::yes(Reason::ModelFound, "llama")),
-        facts: None,
-        planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
-        revision: Some(&revision),
-        revision_is_current: true,
-        rollout: None,
-        offered: None,
-        exhausted: None,
-        measured: None,
-        suspended: false,
-        replicas: 1,
-        held_to: None,
-        scaling: None,
-        pods,
-        deployment,
-    };
+    let revision = fixtures::revision("new", &json!({}));
+    let found = Findings { revision: Some(&revision), pods, deployment, ..nothing() };
     compute(&found, before, &Time(Timestamp::from_second(second).unwrap()))
 }
 

@@ -3,20 +3,10 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::revision::Content;
+use crate::revision::fixtures;
 
 fn revision() -> Revision {
-    let content: Content = serde_json::from_value(json!({
-        "templateVersion": 1, "specDigest": "d", "modelKey": "k", "sharedDownload": false,
-        "model": {"family": "llama", "parameters": 1, "contextTokens": 2048},
-        "plan": {"hash": "p", "quantization": "None", "dtype": "F32", "tensorParallel": 1, "accelerator": "cpu",
-            "cache": {"strategy": "Dynamic", "dtype": "F32", "tokens": 64}, "contextTokens": 64, "concurrency": 1,
-            "memoryBytes": {"weights": 1, "kv": 1, "workspace": 1, "process": 1, "total": 4, "capacity": 9},
-            "why": "it fits"},
-        "podTemplate": {},
-    }))
-    .unwrap();
-    Revision { name: "assistant-new".to_owned(), hash: "new".to_owned(), number: 2, content }
+    fixtures::revision("new", &json!({}))
 }
 
 /// One pod: of which revision, on a node, ready, and what its engine said at its end.
@@ -49,7 +39,7 @@ fn pod(play: &Play) -> Arc<Pod> {
 }
 
 /// An object of one replica that was planned, and of which nothing was seen.
-fn nothing() -> Findings<'static> {
+pub fn nothing() -> Findings<'static> {
     Findings {
         namespace: "team",
         name: "assistant",

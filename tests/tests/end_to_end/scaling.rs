@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use plimsoll_tests::cluster::{Prometheus, wait_until};
 use plimsoll_tests::install;
+use plimsoll_tests::over::Over;
 use plimsoll_tests::stage::{Stage, condition};
 use plimsoll_tests::traffic::{Traffic, with_traffic};
 use serde_json::{Value, json};
@@ -81,9 +82,8 @@ fn with_prometheus<T>(stage: &Stage<'_>, story: impl FnOnce() -> T) -> T {
                 std::thread::sleep(Duration::from_secs(1));
             }
         });
-        let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(story));
-        over.store(true, Ordering::Relaxed);
-        told.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        let _over = Over(&over);
+        story()
     })
 }
 

@@ -132,8 +132,9 @@ fn head_row_bytes(w: &Widths) -> u64 {
     8 * w.vocabulary + 8 * (w.vocabulary / PANEL) + ELEMENT * w.hidden + w.hidden / PANEL * 4
 }
 
-/// Query heads that a decode block takes at most; more that share a KV head go to further blocks.
-const RUN_HEADS: u64 = 16;
+/// Query heads of a KV head that a decode block takes, at most: the rows of one tensor-core operand. More that share one
+/// go to further blocks.
+pub const RUN_HEADS: u64 = 16;
 
 /// What kernels leave for each other: sums of products; of attention, whose wide heads are split in two at least.
 fn kernels_bytes(w: &Widths, decode_rows: u64) -> u64 {

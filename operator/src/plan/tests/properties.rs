@@ -228,17 +228,12 @@ proptest! {
     }
 }
 
-#[test]
-fn a_plan_over_a_thousand_nodes_with_all_kinds_of_cards_takes_less_than_a_millisecond() {
-    let nodes: Vec<_> = (0..1000)
-        .map(|index| NodeResources { name: index.to_string(), ..any_card(index) })
-        .collect();
-    let (spec, facts) =
-        (spec(json!({"objective": "Cost", "slo": {"tpotMilliseconds": 50}})), facts());
+fn takes_less_than_a_millisecond(spec: &Spec, nodes: &[NodeResources]) {
+    let facts = facts();
     let fastest = (0..20)
         .map(|_| {
             let start = Instant::now();
-            assert!(plan(&spec, &facts, &nodes).chosen.is_some());
+            assert!(plan(spec, &facts, nodes).chosen.is_some());
             start.elapsed()
         })
         .min()
@@ -247,16 +242,17 @@ fn a_plan_over_a_thousand_nodes_with_all_kinds_of_cards_takes_less_than_a_millis
 }
 
 #[test]
+fn a_plan_over_a_thousand_nodes_with_all_kinds_of_cards_takes_less_than_a_millisecond() {
+    let nodes: Vec<_> = (0..1000)
+        .map(|index| NodeResources { name: index.to_string(), ..any_card(index) })
+        .collect();
+    let spec = spec(json!({"objective": "Cost", "slo": {"tpotMilliseconds": 50}}));
+    takes_less_than_a_millisecond(&spec, &nodes);
+}
+
+#[test]
 fn a_plan_over_a_thousand_nodes_takes_less_than_a_millisecond() {
     let nodes: Vec<_> = (1..=1000).map(|index| node(index * GIB)).collect();
-    let (spec, facts) = (spec(json!({})), facts());
-    let fastest = (0..20)
-        .map(|_| {
-            let start = Instant::now();
-            assert!(plan(&spec, &facts, &nodes).chosen.is_some());
-            start.elapsed()
-        })
-        .min()
-        .unwrap();
-    assert!(fastest < Duration::from_millis(1), "{fastest:?}");
+    let spec = spec(json!({}));
+    takes_less_than_a_millisecond(&spec, &nodes);
 }
