@@ -30,9 +30,11 @@ use crate::desired::names;
 
 mod nodes_version;
 mod optional;
+mod touched;
 
 use nodes_version::NodesVersion;
 pub use optional::Optional;
+use touched::Touched;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
@@ -225,12 +227,16 @@ fn follow<K>(
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
 {
+    let mut touched = Touched::of(writer.as_reader());
     watcher(api, config)
         .default_backoff()
         .modify(trim)
         .reflect(writer)
-        .touched_objects()
-        .map_ok(move |object| futures::stream::iter(concerned(&object)).map(Ok))
+        .map_ok(move |event| {
+            let objects = touched.by(event).into_iter();
+            let concerned: Vec<_> = objects.flat_map(|object| concerned(&object)).collect();
+            futures::stream::iter(concerned).map(Ok)
+        })
         .try_flatten()
         .boxed()
 }

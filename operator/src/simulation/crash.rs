@@ -185,3 +185,26 @@ fn a_revision_that_never_serves_survives_an_end_at_every_write() {
         ]
     });
 }
+
+#[test]
+fn what_a_lost_watch_did_not_tell_is_repaired_all_the_same() {
+    for kind in
+        ["deployments", "services", "serviceaccounts", "poddisruptionbudgets", "networkpolicies"]
+    {
+        let world = World::new();
+        tell(&world, &mut Story::new(vec![declare(json!({"replicas": 2}))]));
+        live(&world, settings(), async || {
+            rest(&world).await;
+            world.miss(kind);
+            world.delete(kind, "assistant");
+            rest(&world).await;
+            assert!(world.get(kind, "assistant").is_some(), "{kind} deleted");
+            world.miss(kind);
+            let instance = "app.kubernetes.io/instance";
+            world.merge(kind, "assistant", json!({"metadata": {"labels": {instance: "edited"}}}));
+            rest(&world).await;
+            let held = world.get(kind, "assistant").unwrap();
+            assert_eq!(held["metadata"]["labels"][instance], "assistant", "{kind} edited");
+        });
+    }
+}

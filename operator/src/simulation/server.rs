@@ -202,7 +202,7 @@ fn watch(world: Arc<World>, asked: &Asked) -> Response {
                 };
                 if let Some((version, told)) = next {
                     from = version;
-                    match world.watch_fault() {
+                    match world.watch_fault(&selected.resource) {
                         Fault::Drop => return None,
                         Fault::Gone => {
                             let gone =

@@ -41,6 +41,8 @@ pub struct World {
     ends_at: Mutex<Option<(usize, Moment)>>,
     ended: watch::Sender<bool>,
     chance: Mutex<Option<Chance>>,
+    /// The resource whose watch does not tell of its next change.
+    missed: Mutex<Option<String>>,
     /// Seconds that the operator's clock is ahead.
     pub skew: Mutex<i64>,
 }
@@ -82,6 +84,7 @@ impl World {
             ends_at: Mutex::default(),
             ended: watch::Sender::new(false),
             chance: Mutex::default(),
+            missed: Mutex::default(),
             skew: Mutex::default(),
         };
         let room = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
@@ -119,7 +122,16 @@ impl World {
         chance.as_mut().map_or(Fault::None, |chance| Fault::of_request(chance, writes))
     }
 
-    pub fn watch_fault(&self) -> Fault {
+    /// The watch of `resource` forgets where it was when the next change comes.
+    pub fn miss(&self, resource: &str) {
+        *self.missed.lock().expect("no holder panics") = Some(resource.to_owned());
+    }
+
+    pub fn watch_fault(&self, resource: &str) -> Fault {
+        let mut missed = self.missed.lock().expect("no holder panics");
+        if missed.take_if(|missed| missed == resource).is_some() {
+            return Fault::Gone;
+        }
         let mut chance = self.chance.lock().expect("no holder panics");
         chance.as_mut().map_or(Fault::None, Fault::of_watch)
     }
