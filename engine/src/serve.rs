@@ -108,19 +108,20 @@ impl Server {
     }
 
     /// For `grace`, /ready says no while all that still arrives is served, each answer with `Connection: close`. Then
-    /// no more is accepted, and running requests have until `timeout` to finish.
+    /// no more is accepted, and requests that have arrived have until `timeout` to finish.
     pub async fn drain(self, grace: Duration, timeout: Duration) {
         self.app.drain();
         tokio::time::sleep(grace).await;
         self.closing.send_replace(true);
         let served: Option<Arc<Served>> = self.app.served();
         let finished = async {
+            // Ends with the last answer. Until then the engine refuses nothing: whatever a connection still brings came
+            // before its client could know.
+            let _ = self.task.await;
             if let Some(served) = &served {
                 served.engine.begin_shutdown();
                 served.engine.drained().await;
             }
-            // The last answers leave their sockets.
-            let _ = self.task.await;
         };
         if tokio::time::timeout(timeout, finished).await.is_err() {
             let running = served.map_or(0, |served| served.engine.state().running);

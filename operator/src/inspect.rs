@@ -22,6 +22,10 @@ use crate::spec::Spec;
 
 /// A Job that failed for a passing reason is tried again after this.
 pub const RETRY_AFTER: Duration = Duration::from_secs(300);
+/// One that is complete and whose pod does not tell: somebody deleted the pod, or its watch is behind for a moment.
+const TELL_PATIENCE: Duration = Duration::from_secs(10);
+/// Clocks of one cluster differ by less.
+const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 /// Whose model, which, and where it is to lie.
 pub struct Wanted<'a> {
@@ -81,15 +85,23 @@ pub async fn step(
     Ok(model)
 }
 
-/// How long until a failed Job is tried again.
+/// How long until a Job that ended without the facts is tried again. A clock that is behind the cluster's cannot tell
+/// how long ago that was; then it is tried at once.
 fn retry_in(job: &Job, now: Timestamp) -> Duration {
     let conditions = job.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    let failed_at = conditions
-        .filter(|held| held.type_ == "Failed")
-        .find_map(|held| held.last_transition_time.as_ref());
-    let Some(failed_at) = failed_at else { return RETRY_AFTER };
-    let passed = now.duration_since(failed_at.0);
-    RETRY_AFTER.saturating_sub(Duration::try_from(passed).unwrap_or_default())
+    let ended = conditions.filter(|held| held.status == "True").find_map(|held| {
+        let patience = match held.type_.as_str() {
+            "Failed" => RETRY_AFTER,
+            "Complete" => TELL_PATIENCE,
+            _ => return None,
+        };
+        Some((patience, held.last_transition_time.as_ref()?.0))
+    });
+    let Some((patience, ended_at)) = ended else { return RETRY_AFTER };
+    let passed = now.duration_since(ended_at);
+    let is_behind = passed.unsigned_abs() > CLOCK_TOLERANCE && passed.is_negative();
+    let passed = Duration::try_from(passed).unwrap_or_default();
+    if is_behind { Duration::ZERO } else { patience.saturating_sub(passed) }
 }
 
 /// Takes a share in the model of what stands, and gives up those in all others: at once in what was known of them, in
@@ -217,4 +229,26 @@ pub fn again(
     let Model::Failed { retry: true, .. } = model else { return None };
     let job = caches.get::<Job>(namespace, &names::inspect_job(key));
     Some(job.map_or(Duration::ZERO, |job| retry_in(&job, now)).max(Duration::from_secs(1)))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_job_without_facts_is_tried_again_after_a_while_whatever_the_clock_says() {
+        let retry_after = |kind: &str, passed: i64| {
+            let ended: Timestamp = "2026-01-01T12:00:00Z".parse().unwrap();
+            let job = json!({"status": {"conditions": [
+                {"type": "SuccessCriteriaMet", "status": "True", "lastTransitionTime": "2020-01-01T00:00:00Z"},
+                {"type": kind, "status": "True", "lastTransitionTime": ended.to_string()}]}});
+            let job: Job = serde_json::from_value(job).unwrap();
+            retry_in(&job, Timestamp::from_second(ended.as_second() + passed).unwrap()).as_secs()
+        };
+        assert_eq!([0, 299, 300, 9000].map(|passed| retry_after("Failed", passed)), [300, 1, 0, 0]);
+        assert_eq!([0, 9, 10, 9000].map(|passed| retry_after("Complete", passed)), [10, 1, 0, 0]);
+        assert_eq!([-60, -61, -7200].map(|passed| retry_after("Failed", passed)), [300, 0, 0]);
+    }
 }

@@ -66,6 +66,9 @@ const HEADERS_MAX: usize = 128;
 /// Pause after a failed accept (no file descriptors left, say), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// A request that has reached the socket by the end of the grace is read, also from a connection that was idle.
+const LAST_WORDS: Duration = Duration::from_millis(50);
+
 /// Accepts until `closing` turns true; then closes idle connections, lets the others finish their answer, and returns
 /// when none is left.
 pub async fn serve(
@@ -87,8 +90,10 @@ pub async fn serve(
     let mut stopped = pin!(stop.wait_for(|closing| *closing));
     loop {
         let stream = tokio::select! {
-            _ = &mut stopped => break,
+            // Whoever connected before the end could not know of it.
+            biased;
             accepted = accept(&listener) => accepted,
+            _ = &mut stopped => break,
         };
         let (seat, router, limits) = match regular.take_or_vacate(limits.idle_time_min).await {
             Some(seat) => (seat, router.clone(), limits),
@@ -176,17 +181,22 @@ async fn connection(
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(io, service);
     let mut connection = pin!(connection);
+    let mut leave = pin!(async {
+        let _ = closing.wait_for(|closing| *closing).await;
+        tokio::time::sleep(LAST_WORDS).await;
+    });
     let mut told_to_close = false;
     loop {
         let expired = expired(&mut activity, limits);
         tokio::select! {
+            biased;
             result = connection.as_mut() => {
                 if let Err(error) = result {
                     tracing::debug!(%error, "a connection ended early");
                 }
                 return;
             }
-            _ = closing.wait_for(|closing| *closing), if !told_to_close => {
+            () = &mut leave, if !told_to_close => {
                 told_to_close = true;
                 connection.as_mut().graceful_shutdown();
             }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::world::{Client, Options, completion, get, world};
@@ -71,6 +72,37 @@ async fn pooled_clients_of_two_replicas_lose_no_request_when_one_drains() {
         client.await.unwrap();
     }
     assert!(answered[1].load(Ordering::Relaxed) > other, "the other replica goes on");
+}
+
+/// One thread, so that the server reads nothing between the requests' last byte and the end of the grace.
+#[tokio::test]
+async fn what_has_reached_a_socket_by_the_end_of_the_grace_is_answered() {
+    let world = world(slow_steps()).await;
+    let mut sockets = Vec::new();
+    for number in 0..16 {
+        let mut socket = TcpStream::connect(world.address).await.unwrap();
+        // One half has been here before, the other has just connected.
+        if number % 2 == 0 {
+            socket.write_all(b"GET /ready HTTP/1.1\r\nhost: engine\r\n\r\n").await.unwrap();
+            let mut answer = [0; 512];
+            let read = socket.read(&mut answer).await.unwrap();
+            assert!(answer[..read].starts_with(b"HTTP/1.1 200"));
+        }
+        sockets.push(socket);
+    }
+    let body = completion(json!("late"), json!({"max_tokens": 5, "ignore_eos": true})).to_string();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json";
+    let request = format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    for socket in &mut sockets {
+        socket.write_all(request.as_bytes()).await.unwrap();
+    }
+    world.server.drain(Duration::ZERO, Duration::from_secs(20)).await;
+    for (number, mut socket) in sockets.into_iter().enumerate() {
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200"), "socket {number}: {answer:?}");
+        assert!(answer.contains("connection: close"), "socket {number}: {answer:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

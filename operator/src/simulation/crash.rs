@@ -208,3 +208,27 @@ fn what_a_lost_watch_did_not_tell_is_repaired_all_the_same() {
         });
     }
 }
+
+#[test]
+fn a_job_whose_pod_is_gone_before_it_was_heard_is_run_again() {
+    let world = World::new();
+    world.declare("assistant", json!({}));
+    live(&world, settings(), async || {
+        while world.store().all("jobs").is_empty() {
+            wait(&world, 1).await;
+        }
+    });
+    for _ in 0..5 {
+        world.tick();
+    }
+    let pods = world.store().all("pods");
+    pods.iter().for_each(|(key, _)| world.delete("pods", &key.name));
+    for _ in 0..5 {
+        world.tick();
+    }
+    let (_, job) = world.store().all("jobs").remove(0);
+    assert_eq!(job["status"]["conditions"][0]["type"], "Complete");
+    assert!(world.store().all("pods").is_empty());
+    tell(&world, &mut Story::new(vec![]));
+    assert_eq!(world.condition("assistant", "Ready").unwrap().1, "Serving");
+}
