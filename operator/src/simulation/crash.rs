@@ -1,8 +1,6 @@
 //! Every story is told with an operator that ends at its first write, its second, and so on, before the write is done and
 //! after it. Whatever the write, the next operator brings about the same objects, and one more pass writes nothing.
 
-use std::collections::BTreeSet;
-
 use serde_json::{Value, json};
 
 use super::world::Moment;
@@ -32,27 +30,6 @@ fn survives_every_write(acts: impl Fn() -> Vec<Act>) {
             );
             assert_silent(&world);
         }
-    }
-}
-
-/// The first place in which two worlds differ that should be the same.
-fn difference(expected: &Value, found: &Value) -> String {
-    match (expected, found) {
-        (Value::Object(expected), Value::Object(found)) => {
-            let names: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
-            let absent = Value::Null;
-            let of = |side: &serde_json::Map<String, Value>, name: &String| {
-                side.get(name).unwrap_or(&absent).clone()
-            };
-            names
-                .into_iter()
-                .map(|name| (name, of(expected, name), of(found, name)))
-                .find(|(_, expected, found)| expected != found)
-                .map_or_else(String::new, |(name, expected, found)| {
-                    format!("{name}.{}", difference(&expected, &found))
-                })
-        }
-        _ => format!(": {expected} expected, {found} found"),
     }
 }
 

@@ -17,12 +17,13 @@ mod server;
 mod store;
 mod world;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use kube::runtime::events::{Recorder, Reporter};
 use plimsoll_crds::Clients;
+use serde_json::Value;
 use tokio::sync::{Mutex, watch};
 
 use crate::desired::Settings;
@@ -156,8 +157,30 @@ fn tell(world: &Arc<World>, story: &mut Story) {
 
 /// A further operator writes nothing.
 fn assert_silent(world: &Arc<World>) {
-    let before = world.written();
+    let (before, stood) = (world.written(), world.everything());
     live(world, settings(), async || rest(world).await);
     let writes = world.writes().split_off(before);
-    assert!(writes.is_empty(), "a further pass wrote: {writes:#?}");
+    let changed = difference(&stood, &world.everything());
+    assert!(writes.is_empty(), "a further pass wrote: {changed}: {writes:#?}");
+}
+
+/// The first place in which two worlds differ that should be the same.
+fn difference(expected: &Value, found: &Value) -> String {
+    match (expected, found) {
+        (Value::Object(expected), Value::Object(found)) => {
+            let names: BTreeSet<&String> = expected.keys().chain(found.keys()).collect();
+            let absent = Value::Null;
+            let of = |side: &serde_json::Map<String, Value>, name: &String| {
+                side.get(name).unwrap_or(&absent).clone()
+            };
+            names
+                .into_iter()
+                .map(|name| (name, of(expected, name), of(found, name)))
+                .find(|(_, expected, found)| expected != found)
+                .map_or_else(String::new, |(name, expected, found)| {
+                    format!("{name}.{}", difference(&expected, &found))
+                })
+        }
+        _ => format!(": {expected} expected, {found} found"),
+    }
 }

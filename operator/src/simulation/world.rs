@@ -251,6 +251,15 @@ impl World {
         pods.iter().filter_map(|(_, pod)| of(pod)).collect()
     }
 
+    /// Every object as it is.
+    pub fn everything(&self) -> Value {
+        let store = self.store();
+        let named = |(key, object): (&Key, &Value)| {
+            (format!("{}/{}/{}", key.resource, key.namespace, key.name), object.clone())
+        };
+        store.objects.iter().map(named).collect()
+    }
+
     /// Everything that stands, without what differs from run to run: versions, uids, times, names of pods.
     pub fn standing(&self) -> Value {
         let store = self.store();
