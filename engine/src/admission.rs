@@ -89,9 +89,9 @@ pub struct AnswerTooLarge {
     asked: u64,
 }
 
-/// Bounds what the requests of one HTTP request report together: every choice its output, and its prompt where that is
+/// Bounds what the requests of one HTTP request report together, and tells it: every choice its output, and its prompt where that is
 /// wanted, each token with its alternatives.
-pub fn bound_answer(requests: &[Request]) -> Result<(), AnswerTooLarge> {
+pub fn bound_answer(requests: &[Request]) -> Result<u64, AnswerTooLarge> {
     let reported = |request: &Request| {
         let each = |tokens: u64, alternatives: Option<u32>| {
             alternatives.map_or(0, |more| tokens.saturating_mul(1 + u64::from(more)))
@@ -101,7 +101,7 @@ pub fn bound_answer(requests: &[Request]) -> Result<(), AnswerTooLarge> {
         u64::from(request.choices).saturating_mul(output.saturating_add(prompt))
     };
     let asked = requests.iter().map(reported).fold(0, u64::saturating_add);
-    if asked > REPORTED_LOGPROBS_MAX { Err(AnswerTooLarge { asked }) } else { Ok(()) }
+    if asked > REPORTED_LOGPROBS_MAX { Err(AnswerTooLarge { asked }) } else { Ok(asked) }
 }
 
 #[cfg(test)]

@@ -118,11 +118,6 @@ impl Tokenizer {
         String::from_utf8_lossy(&all).into_owned()
     }
 
-    /// Bytes of the longest token.
-    pub fn token_bytes_max(&self) -> usize {
-        self.table.longest
-    }
-
     /// All ids are below this number.
     pub fn ids(&self) -> usize {
         self.table.starts.len() - 1
@@ -133,8 +128,6 @@ impl Tokenizer {
 struct ByteTable {
     all: Vec<u8>,
     starts: Vec<u32>,
-    /// At least 1.
-    longest: usize,
 }
 
 impl ByteTable {
@@ -153,7 +146,7 @@ fn byte_table(inner: &tokenizers::Tokenizer, alphabet: Alphabet) -> ByteTable {
     let mut by_id: Vec<(TokenId, String)> =
         vocabulary.into_iter().map(|(token, id)| (id, token)).collect();
     by_id.sort_unstable_by_key(|(id, _)| *id);
-    let mut table = ByteTable { all: Vec::new(), starts: vec![0], longest: 1 };
+    let mut table = ByteTable { all: Vec::new(), starts: vec![0] };
     let end =
         |table: &ByteTable| u32::try_from(table.all.len()).expect("vocabularies stay below 4 GiB");
     for (id, token) in by_id {
@@ -166,7 +159,6 @@ fn byte_table(inner: &tokenizers::Tokenizer, alphabet: Alphabet) -> ByteTable {
             None => table.all.extend(token_bytes(&token, alphabet)),
         }
         table.starts.push(end(&table));
-        table.longest = table.longest.max(table.bytes(id).len());
     }
     table
 }

@@ -413,10 +413,10 @@ impl Caches {
 
     /// All of one kind in `namespace` that carry `label: value`.
     pub fn labelled<K: Cached>(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<K>> {
-        K::cache(self).state_filter(|object| {
+        by_name(K::cache(self).state_filter(|object| {
             object.meta().namespace.as_deref() == Some(namespace)
                 && object.labels().get(label).is_some_and(|held| held == value)
-        })
+        }))
     }
 
     /// Engine pods by namespace and name of their object.
@@ -442,7 +442,7 @@ impl Caches {
             deployment: self.get(namespace, name),
             revisions,
             pods: self.labelled(namespace, names::NAME, name),
-            nodes: self.nodes.state(),
+            nodes: by_name(self.nodes.state()),
         }
     }
 
@@ -481,6 +481,12 @@ impl Caches {
             tokio::time::sleep(CATCH_UP_STEP).await;
         }
     }
+}
+
+/// A cache has no order, and of two like objects every pass must tell of the same.
+fn by_name<K: Resource>(mut objects: Vec<Arc<K>>) -> Vec<Arc<K>> {
+    objects.sort_by(|a, b| a.meta().name.cmp(&b.meta().name));
+    objects
 }
 
 /// Resource versions are decimal numbers that grow; the API conventions say so since 1.35, and every server did.

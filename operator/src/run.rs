@@ -48,6 +48,8 @@ const RECONCILES_MAX: u16 = 16;
 /// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// Failing objects of which the number of failures is remembered.
+const FAILURES_MAX: usize = 100_000;
 /// Objects with something measured that wait to be looked at.
 const NEWS_MAX: usize = 1024;
 /// What reconciles in flight get to finish after a signal.
@@ -304,20 +306,25 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
         .await;
 }
 
-/// Failures in a row by object, for the back-off.
+/// Failures in a row by uid, for the back-off: another object of the same name begins anew.
 #[derive(Default)]
 struct Failures(Mutex<HashMap<String, u32>>);
 
 impl Failures {
     fn next(&self, meta: &ObjectMeta) -> Duration {
         let mut counts = self.0.lock().expect("no holder panics");
-        let count = counts.entry(name(meta)).or_insert(0);
+        // Nobody tells of objects that are gone.
+        if counts.len() >= FAILURES_MAX {
+            counts.clear();
+        }
+        let count = counts.entry(meta.uid.clone().unwrap_or_default()).or_insert(0);
         *count = (*count + 1).min(16);
         backoff(*count)
     }
 
     fn forget(&self, meta: &ObjectMeta) {
-        self.0.lock().expect("no holder panics").remove(&name(meta));
+        let uid = meta.uid.as_deref().unwrap_or_default();
+        self.0.lock().expect("no holder panics").remove(uid);
     }
 }
 

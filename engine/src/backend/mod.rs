@@ -1,5 +1,5 @@
 //! The one seam between the step loop and whatever computes: a whole step goes in, sampled tokens come out. Single ops
-//! are private to a backend. Two implementations stand behind it: the CPU one and, in tests, a scripted one.
+//! are private to a backend. Three implementations stand behind it: CPU, CUDA and, in tests, a scripted one.
 
 mod check;
 pub mod cpu;

@@ -47,8 +47,9 @@ pub fn prepare(body: &[u8], served: &Served, chance: &Chance) -> Result<Prepared
     let text = render(template, &messages, chance.now_unix_seconds)?;
     let prompt = served.encode(&text, false, "messages")?;
     let requests = vec![admit(&shared.wish, prompt, &served.limits)?];
-    bound_answer(&requests)?;
+    let reported = bound_answer(&requests)?;
     Ok(Prepared {
+        reported,
         with_logprobs: shared.wish.sampling.logprobs.is_some(),
         requests,
         stop_strings: shared.stop_strings,

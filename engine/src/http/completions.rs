@@ -69,8 +69,9 @@ pub fn prepare(body: &[u8], served: &Served, chance: &Chance) -> Result<Prepared
         }
         requests.push(request);
     }
-    bound_answer(&requests)?;
+    let reported = bound_answer(&requests)?;
     Ok(Prepared {
+        reported,
         with_logprobs: shared.wish.sampling.logprobs.is_some(),
         requests,
         prompt_only: shared.wish.output_tokens_max == Some(0),
@@ -253,14 +254,14 @@ fn echo_logprobs(
     }
 }
 
-/// The whole answer, as a JSON value.
+/// The whole answer as JSON.
 pub async fn collect(
     mut generation: Generation,
     identity: Identity,
     tokenizer: Arc<Tokenizer>,
     with_logprobs: bool,
     echo: &[Echo],
-) -> Result<Value, ApiError> {
+) -> Result<Vec<u8>, ApiError> {
     let mut writer = Writer::new(tokenizer, with_logprobs, echo, generation.choices());
     let empty = |index| CompletionChoice {
         index,
@@ -286,7 +287,7 @@ pub async fn collect(
         system_fingerprint: SYSTEM_FINGERPRINT,
         usage: Some(Some(generation.usage())),
     };
-    Ok(serde_json::to_value(completion).expect("our own types serialize"))
+    Ok(serde_json::to_vec(&completion).expect("our own types serialize"))
 }
 
 impl CompletionChoice {

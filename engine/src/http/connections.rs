@@ -60,8 +60,8 @@ impl Default for ConnectionLimits {
 const SPARE_CONNECTIONS_MAX: usize = 64;
 /// Those are for who knows what it wants: time to ask for it, or to take the answer.
 const SPARE_TIME_MAX: Duration = Duration::from_secs(1);
-/// Bytes of a request's head.
-const HEAD_BYTES_MAX: usize = 64 << 10;
+/// Bytes of a request's head; 4,096 connections hold no more than 64 MiB of them.
+const HEAD_BYTES_MAX: usize = 16 << 10;
 const HEADERS_MAX: usize = 128;
 /// Pause after a failed accept (no file descriptors left, say), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

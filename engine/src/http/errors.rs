@@ -112,6 +112,14 @@ impl ApiError {
         }
     }
 
+    /// This process has its hands full; a retry can succeed.
+    pub fn busy(message: impl Into<String>, retry_after_seconds: u64) -> ApiError {
+        ApiError {
+            retry_after_seconds: Some(retry_after_seconds),
+            ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
+        }
+    }
+
     /// A fault of ours.
     pub fn internal(message: impl Into<String>) -> ApiError {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", message)
@@ -133,11 +141,9 @@ impl From<Refusal> for ApiError {
         let message = refusal.to_string();
         match refusal {
             Refusal::NeverFits { .. } => ApiError::invalid(message).code("context_length_exceeded"),
-            Refusal::QueueFull { retry_after_seconds, .. } => ApiError {
-                retry_after_seconds: Some(retry_after_seconds),
-                code: Some("queue_full"),
-                ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
-            },
+            Refusal::QueueFull { retry_after_seconds, .. } => {
+                ApiError::busy(message, retry_after_seconds).code("queue_full")
+            }
             Refusal::ShuttingDown => ApiError::unavailable(message, 1).code("shutting_down"),
         }
     }

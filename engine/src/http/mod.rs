@@ -12,6 +12,7 @@ pub mod fields;
 pub mod generation;
 pub mod openai;
 pub mod params;
+pub mod reported;
 pub mod sse;
 pub mod state;
 pub mod tokens;
@@ -54,6 +55,8 @@ pub struct Prepared {
     pub requests: Vec<EngineRequest>,
     pub stop_strings: Arc<[String]>,
     pub with_logprobs: bool,
+    /// Log-probabilities that the answer may carry.
+    pub reported: u64,
     pub prompt_only: bool,
     pub stream: Option<StreamOptions>,
     pub user: Option<String>,
@@ -119,19 +122,17 @@ async fn chat_completions(
 ) -> Result<Response, ApiError> {
     let (served, prepared) = ready_to_run(&app, request, chat::prepare).await?;
     let identity = app.identity("chatcmpl");
-    let Prepared { stream, with_logprobs, .. } = prepared;
-    let generation = start(&served, prepared, &identity)?;
+    let Prepared { stream, with_logprobs, reported, .. } = prepared;
     let tokenizer = served.tokenizer.clone();
-    match stream {
-        Some(options) => {
-            let chunks = chat::ChatChunks { identity, tokenizer, with_logprobs, options };
-            Ok(sse::respond(generation, chunks))
-        }
-        None => {
-            let answer = chat::collect(generation, identity, &tokenizer, with_logprobs).await?;
-            Ok(Json(answer).into_response())
-        }
-    }
+    let Some(options) = stream else {
+        let share = app.reports.take(reported)?;
+        let generation = start(&served, prepared, &identity)?;
+        let answer = chat::collect(generation, identity, &tokenizer, with_logprobs).await?;
+        return Ok(share.respond(serde_json::to_vec(&answer).expect("our own types serialize")));
+    };
+    let generation = start(&served, prepared, &identity)?;
+    let chunks = chat::ChatChunks { identity, tokenizer, with_logprobs, options };
+    Ok(sse::respond(generation, chunks))
 }
 
 async fn text_completions(
@@ -141,28 +142,26 @@ async fn text_completions(
     let (served, mut prepared) = ready_to_run(&app, request, completions::prepare).await?;
     let identity = app.identity("cmpl");
     let echo = std::mem::take(&mut prepared.echo);
-    let Prepared { stream, with_logprobs, .. } = prepared;
-    let generation = start(&served, prepared, &identity)?;
+    let Prepared { stream, with_logprobs, reported, .. } = prepared;
     let tokenizer = served.tokenizer.clone();
-    match stream {
-        Some(options) => {
-            let choices = generation.choices();
-            let chunks = completions::CompletionChunks::new(
-                identity,
-                tokenizer,
-                with_logprobs,
-                &echo,
-                choices,
-                options,
-            );
-            Ok(sse::respond(generation, chunks))
-        }
-        None => {
-            let answer =
-                completions::collect(generation, identity, tokenizer, with_logprobs, &echo).await?;
-            Ok(Json(answer).into_response())
-        }
-    }
+    let Some(options) = stream else {
+        let share = app.reports.take(reported)?;
+        let generation = start(&served, prepared, &identity)?;
+        let answer =
+            completions::collect(generation, identity, tokenizer, with_logprobs, &echo).await?;
+        return Ok(share.respond(answer));
+    };
+    let generation = start(&served, prepared, &identity)?;
+    let choices = generation.choices();
+    let chunks = completions::CompletionChunks::new(
+        identity,
+        tokenizer,
+        with_logprobs,
+        &echo,
+        choices,
+        options,
+    );
+    Ok(sse::respond(generation, chunks))
 }
 
 /// How a body of one kind is made ready.

@@ -16,13 +16,16 @@ use crate::http::auth::ApiKeys;
 use crate::http::body::BodyBudget;
 use crate::http::errors::ApiError;
 use crate::http::openai::Model;
+use crate::http::reported::ReportBudget;
 use crate::metrics::Metrics;
 use crate::step::{EngineHandle, PulseLimits};
 use crate::tokenizer::Tokenizer;
 
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
-/// How much a tokenizer's normalization may shrink a text, generously.
-const NORMALIZATION_MAX: usize = 4;
+/// Texts have 3 to 6 bytes a token; more than this, on average, is no text of a person or a program.
+const TOKEN_BYTES_MAX: u64 = 16;
+/// A text of this size is tokenized in any case.
+const TEXT_BYTES_MIN: u64 = 64 << 10;
 
 /// A loaded model and the engine that runs it.
 pub struct Served {
@@ -42,26 +45,30 @@ impl Served {
         Err(ApiError::model_not_found(asked, &self.name))
     }
 
-    /// `param` is where the text came from. A text that is too long however it is cut into tokens is refused unread:
-    /// tokenizing megabytes takes seconds.
+    /// Refuses a text that is too long for the model by far: tokenizing megabytes takes seconds, and some two hundred
+    /// times their size in memory. `param` is where the text came from.
+    pub fn check_text(&self, text: &str, param: &str) -> Result<(), ApiError> {
+        let (limit, limit_name) = self.limits.sequence_tokens_max();
+        let (bytes, bytes_max) =
+            (text.len(), TEXT_BYTES_MIN.max(limit.saturating_mul(TOKEN_BYTES_MAX)));
+        if bytes as u64 <= bytes_max {
+            return Ok(());
+        }
+        let message = format!(
+            "`{param}` has {bytes} bytes, but {limit_name} is {limit} tokens, and texts of up to {bytes_max} bytes are \
+             looked at; shorten it"
+        );
+        Err(ApiError::parameter(param, message).code("context_length_exceeded"))
+    }
+
+    /// `param` is where the text came from.
     pub fn encode(
         &self,
         text: &str,
         add_special_tokens: bool,
         param: &str,
     ) -> Result<Vec<TokenId>, ApiError> {
-        let (limit, limit_name) = self.limits.sequence_tokens_max();
-        let tokens_min = text.len() / (NORMALIZATION_MAX * self.tokenizer.token_bytes_max());
-        if tokens_min as u64 > limit {
-            let bytes = text.len();
-            return Err(ApiError::parameter(
-                param,
-                format!(
-                    "`{param}` has {bytes} bytes, but {limit_name} is {limit} tokens; shorten it"
-                ),
-            )
-            .code("context_length_exceeded"));
-        }
+        self.check_text(text, param)?;
         let tokens = self
             .tokenizer
             .encode(text, add_special_tokens)
@@ -95,6 +102,8 @@ pub struct App {
     pub body_time_max: Duration,
     /// What all bodies may hold together.
     pub bodies: BodyBudget,
+    /// What all answers with log-probabilities may hold together.
+    pub reports: ReportBudget,
     /// When a step has taken too long.
     pub pulse_limits: PulseLimits,
     created: u64,
@@ -112,6 +121,7 @@ impl App {
             keys,
             body_time_max: BODY_TIME_MAX,
             bodies: BodyBudget::default(),
+            reports: ReportBudget::default(),
             pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),

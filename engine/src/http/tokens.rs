@@ -39,16 +39,17 @@ pub fn tokens_of(body: &[u8], served: &Served, now_unix_seconds: i64) -> Result<
     optional_model(&mut body, served)?;
     let with_strings = body.boolean("return_token_strs")?.unwrap_or(false);
     let special = body.boolean("add_special_tokens")?;
-    let (text, special) = match body.string("prompt")? {
-        Some(prompt) => (prompt, special.unwrap_or(true)),
+    let (text, special, param) = match body.string("prompt")? {
+        Some(prompt) => (prompt, special.unwrap_or(true), "prompt"),
         None => {
             let messages = chat::messages(&mut body)?;
             let text = chat::render(chat::template(served)?, &messages, now_unix_seconds)?;
             // The template writes the special tokens itself.
-            (text, special.unwrap_or(false))
+            (text, special.unwrap_or(false), "messages")
         }
     };
     body.finish()?;
+    served.check_text(&text, param)?;
     let tokens = served
         .tokenizer
         .encode(&text, special)

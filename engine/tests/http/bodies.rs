@@ -62,7 +62,11 @@ async fn a_body_above_the_limit_is_refused_with_413() {
     let began = Instant::now();
     let answer = post(&world, "/v1/completions", &below).await;
     assert_eq!(answer.json()["error"]["code"], "context_length_exceeded");
-    assert!(began.elapsed() < Duration::from_secs(2), "refused without tokenizing");
+    let answer = post(&world, "/tokenize", &json!({"prompt": "x".repeat(65_537)})).await;
+    assert_eq!((answer.status.as_u16(), &answer.json()["error"]["param"]), (400, &json!("prompt")));
+    let counted = post(&world, "/tokenize", &json!({"prompt": "x".repeat(65_536)})).await;
+    assert!(counted.json()["count"].as_u64().unwrap() > 2048, "more than the context is counted");
+    assert!(began.elapsed() < Duration::from_secs(4), "refused without tokenizing");
 }
 
 #[tokio::test(flavor = "multi_thread")]

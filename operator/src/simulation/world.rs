@@ -251,11 +251,13 @@ impl World {
         pods.iter().filter_map(|(_, pod)| of(pod)).collect()
     }
 
-    /// Every object as it is.
+    /// Every object as it is, but for its version.
     pub fn everything(&self) -> Value {
         let store = self.store();
         let named = |(key, object): (&Key, &Value)| {
-            (format!("{}/{}/{}", key.resource, key.namespace, key.name), object.clone())
+            let mut object = object.clone();
+            object["metadata"]["resourceVersion"].take();
+            (format!("{}/{}/{}", key.resource, key.namespace, key.name), object)
         };
         store.objects.iter().map(named).collect()
     }
