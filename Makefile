@@ -68,7 +68,7 @@ setup: cuda
 	@if [ "$$(id -u)" = 0 ]; then tests/setup.sh; else echo 'setup: not root, so nothing is installed for cluster tests'; fi
 
 .PHONY: generate
-generate: ## Write the files that come from the types: the CRD, its copy in the chart, the page of reasons
+generate: ## Write the files that come from the types: CRD, rules, dashboards, pages of docs
 	$(CARGO) run --release --locked -p plimsoll-crds --example generate
 
 .PHONY: cuda

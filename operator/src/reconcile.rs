@@ -142,9 +142,12 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
         let first = seen.is_none();
         if let Err(error) = pass.stopped_by(error) {
-            // What serves goes on serving while the API server has trouble; only a new object must not stay silent.
+            // What serves goes on serving while the API server has trouble; a new object must not stay silent.
             if first {
                 pass.trouble = Some(Said::no(Reason::Accepted, error.to_string()));
+                tell(object, &identity, context, &pass).await?;
+            } else if pass.current.is_some() && pass.rollout.is_some() {
+                // The pods of what stands are seen all the same.
                 tell(object, &identity, context, &pass).await?;
             }
             return Err(error);

@@ -206,7 +206,7 @@ pub fn map_large_blocks() {
 }
 
 /// What was freed in small pieces, a parsed body for instance.
-fn give_memory_back() {
+pub fn give_memory_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: it touches free memory only, under the allocator's own locks.
     unsafe {

@@ -10,6 +10,7 @@ use http_body_util::{BodyExt, Full};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::REPORTED_LOGPROBS_MAX;
+use crate::http::body::give_memory_back;
 use crate::http::errors::ApiError;
 
 const RETRY_SECONDS: u64 = 1;
@@ -23,8 +24,19 @@ impl Default for ReportBudget {
     }
 }
 
+/// Answers from this size on leave holes in the allocator's memory that are worth giving back.
+const LARGE: usize = 16 << 10;
+
 /// Holds its part of the budget until it is dropped.
 pub struct Share(OwnedSemaphorePermit);
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        if self.0.num_permits() >= LARGE {
+            give_memory_back();
+        }
+    }
+}
 
 impl ReportBudget {
     pub fn take(&self, reported: u64) -> Result<Share, ApiError> {
@@ -42,9 +54,9 @@ impl ReportBudget {
 impl Share {
     /// An answer of JSON.
     pub fn respond(self, json: Vec<u8>) -> Response {
-        let Share(permit) = self;
+        // Dropped after the bytes.
         let body = Full::new(Bytes::from(json)).map_err(move |never| {
-            let _until_the_body_is_dropped = &permit;
+            let _until_the_body_is_dropped = &self;
             match never {}
         });
         ([(header::CONTENT_TYPE, "application/json")], Body::new(body)).into_response()

@@ -167,6 +167,24 @@ fn k8s_nim_operator_271_a_passing_failure_turns_no_condition() {
     }
 }
 
+/// kserve#1859 again: what cannot be written must not keep status from telling of the pods.
+#[test]
+fn kserve_1859_while_children_cannot_be_written_status_tells_of_the_pods_as_they_are() {
+    let world = declared(json!({}));
+    let ready = || world.condition("assistant", "Ready").unwrap().0;
+    live(&world, settings(), async || {
+        rest(&world).await;
+        assert_eq!(ready(), "True");
+        world.refuse(Some("deployments"));
+        world.merge("deployments", "assistant", json!({"spec": {"replicas": 0}}));
+        wait(&world, 60).await;
+        assert_eq!(ready(), "False");
+        world.refuse(None);
+        wait(&world, 120).await;
+        assert_eq!(ready(), "True");
+    });
+}
+
 /// kaito#1132: an update is minutes without an answer.
 #[test]
 fn kaito_1132_under_surge_no_fewer_pods_serve_than_before() {

@@ -79,6 +79,9 @@ async fn answer(State(world): State<Arc<World>>, request: Request) -> Response {
     if let Some(refusal) = fault.before() {
         return respond(Err(refusal));
     }
+    if asked.writes() && world.refuses(&asked.key.resource) {
+        return respond(Err(Refusal::new(500, "InternalError", "a webhook is down")));
+    }
     if asked.parameter("watch").is_some() {
         return watch(world, &asked);
     }

@@ -43,6 +43,8 @@ pub struct World {
     chance: Mutex<Option<Chance>>,
     /// The resource whose watch does not tell of its next change.
     missed: Mutex<Option<String>>,
+    /// The resource of which the API server takes no write.
+    refused: Mutex<Option<String>>,
     /// Seconds that the operator's clock is ahead.
     pub skew: Mutex<i64>,
 }
@@ -85,6 +87,7 @@ impl World {
             ended: watch::Sender::new(false),
             chance: Mutex::default(),
             missed: Mutex::default(),
+            refused: Mutex::default(),
             skew: Mutex::default(),
         };
         let room = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
@@ -120,6 +123,15 @@ impl World {
     pub fn fault(&self, writes: bool) -> Fault {
         let mut chance = self.chance.lock().expect("no holder panics");
         chance.as_mut().map_or(Fault::None, |chance| Fault::of_request(chance, writes))
+    }
+
+    /// From now on every write of `resource` fails, or none any more.
+    pub fn refuse(&self, resource: Option<&str>) {
+        *self.refused.lock().expect("no holder panics") = resource.map(str::to_owned);
+    }
+
+    pub fn refuses(&self, resource: &str) -> bool {
+        self.refused.lock().expect("no holder panics").as_deref() == Some(resource)
     }
 
     /// The watch of `resource` forgets where it was when the next change comes.
