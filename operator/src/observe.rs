@@ -12,7 +12,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
+    ConfigMap, Container, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
 };
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -316,7 +316,7 @@ fn trim_meta<K: Resource>(object: &mut K) {
     object.meta_mut().managed_fields = None;
 }
 
-/// Of a pod only what tells whether it runs, where, and why not.
+/// Of a pod only what tells whether it runs, where, with how much of the node, and why not.
 fn trim_pod(pod: &mut Pod) {
     trim_meta(pod);
     if let Some(annotations) = &mut pod.metadata.annotations {
@@ -331,7 +331,15 @@ fn trim_pod(pod: &mut Pod) {
                 || volume.config_map.is_some()
         });
         let volumes = (!volumes.is_empty()).then_some(volumes);
-        pod.spec = Some(PodSpec { node_name: spec.node_name, volumes, ..Default::default() });
+        pod.spec = Some(PodSpec {
+            node_name: spec.node_name,
+            volumes,
+            containers: spec.containers.into_iter().map(needs).collect(),
+            init_containers: spec.init_containers.map(|all| all.into_iter().map(needs).collect()),
+            resources: spec.resources,
+            overhead: spec.overhead,
+            ..Default::default()
+        });
     }
     if let Some(status) = &mut pod.status {
         status.pod_ips = None;
@@ -342,6 +350,12 @@ fn trim_pod(pod: &mut Pod) {
             container.allocated_resources = None;
         }
     }
+}
+
+/// Of a container what its pod asks of a node.
+fn needs(container: Container) -> Container {
+    let Container { name, resources, restart_policy, .. } = container;
+    Container { name, resources, restart_policy, ..Default::default() }
 }
 
 /// Of a node only what a pod may ask of it.

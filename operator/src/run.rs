@@ -27,7 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::EnvFilter;
 
-use crate::apply::ApplyError;
+use crate::apply::{ApplyError, Sharing};
 use crate::cli::{CHART, CHART_VALUES};
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
@@ -209,7 +209,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         caches,
         advices,
         metrics: served.metrics.clone(),
-        sharing: tokio::sync::Mutex::new(()),
+        sharing: Sharing::default(),
         clock: Arc::new(Timestamp::now),
         considered: Considered::default(),
         measurements: Arc::default(),
