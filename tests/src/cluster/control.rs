@@ -208,6 +208,8 @@ fn api_server_flags(ground: &Ground<'_>, authority: &Authority) -> Result<Vec<St
         "--kubelet-preferred-address-types=InternalIP".into(),
         format!("--audit-policy-file={}", policy.display()),
         format!("--audit-log-path={}", ground.folder.join("log/audit.json").display()),
+        // Megabytes after which it would begin anew, and counts with it.
+        "--audit-log-maxsize=10000".into(),
         format!("--cert-dir={}", ground.folder.join("pki").display()),
     ];
     if !ground.endpoints {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::control::{self, AuditEvent, ControlPlane, Ground, start_part};
@@ -21,6 +21,8 @@ use super::tools::{self, Tools};
 
 /// Longest wait until the controller-manager has made what a namespace needs.
 const STARTED_MAX: Duration = Duration::from_secs(60);
+/// What kwok's pods get theirs from by default.
+const POD_ADDRESSES: &str = "10.0.0.0/24";
 /// Pods of a kubelet with default settings.
 const PODS_OF_A_NODE: u32 = 110;
 
@@ -50,6 +52,9 @@ impl Fleet {
             endpoints: true,
             life: Lifetime::Owner,
         };
+        // Where kwok's pods say they are, a connection is refused at once: no engine is there.
+        let route = ["ip", "route", "add", "local", POD_ADDRESSES, "dev", "lo"].map(String::from);
+        ensure!(sandbox.client(&route).status()?.success(), "no route to {POD_ADDRESSES}");
         let plane = ControlPlane::start(&ground, &tools)?;
         let manager = controller_manager_flags(&plane)?;
         let scheduler = control::scheduler_flags(&plane)?;

@@ -212,7 +212,7 @@ impl<'a> Run<'a> {
         created.collect::<Vec<_>>().await.into_iter().collect::<Result<Vec<()>>>()?;
         let created_in = meter.elapsed();
         let all_children = self.until(&meter, "o-", |(children, ..)| children == objects).await?;
-        let children_cpu = crate::usage::processor_seconds(self.operator.id());
+        let busy_until_children = meter.processor_seconds();
         let all_pods = self.until(&meter, "o-", |(_, pods, _)| pods == objects).await?;
         let all_ready = self.until(&meter, "o-", |(.., ready)| ready == objects).await?;
         let mut requests = self.requests()?;
@@ -226,7 +226,7 @@ impl<'a> Run<'a> {
         let mut figures = meter.stop();
         figures["createdIn"] = rounded(created_in.as_secs_f64()).into();
         figures["allChildrenAfter"] = rounded(all_children).into();
-        figures["operatorProcessorSecondsUntilThen"] = rounded(children_cpu).into();
+        figures["processorSecondsUntilThen"] = busy_until_children;
         figures["allPodsReadyAfter"] = rounded(all_pods).into();
         figures["allReadyAfter"] = rounded(all_ready).into();
         figures["quietAfter"] = requests.last_write_after(began).into();
@@ -369,6 +369,10 @@ impl<'a> Run<'a> {
         self.until(&meter, "t-", |(children, ..)| children == trickled).await?;
         let seen = self.watching.of("t-");
         let mut figures = meter.stop();
+        let mut requests = Requests::default();
+        self.until(&self.meter(), "t-", |(.., ready)| ready == trickled).await?;
+        self.quiet(&mut requests).await?;
+        figures["requests"] = requests.json(trickled);
         figures["objects"] = trickled.into();
         figures["aSecond"] = A_SECOND.into();
         figures["objectToChild"] = self.by_kind(&seen);

@@ -43,19 +43,25 @@ impl Meter {
         self.began.elapsed()
     }
 
-    /// Seconds of a processor by process, and least, mean and greatest load of the last minute.
+    /// Seconds of a processor so far, by process.
+    pub fn processor_seconds(&self) -> Value {
+        let mut busy = json!({});
+        for (name, id, before) in &self.processes {
+            busy[*name] = rounded(processor_seconds(*id) - before).into();
+        }
+        busy
+    }
+
+    /// The same, and least, mean and greatest load of the last minute.
     pub fn stop(self) -> Value {
         let seconds = self.began.elapsed().as_secs_f64();
+        let busy = self.processor_seconds();
         self.over.store(true, Ordering::Relaxed);
         let loads = self.loads.join().unwrap();
         let mean = loads.iter().sum::<f64>() / loads.len() as f64;
         let least = loads.iter().copied().fold(f64::INFINITY, f64::min);
         let most = loads.iter().copied().fold(0.0, f64::max);
-        let mut cpu = json!({});
-        for (name, id, before) in &self.processes {
-            cpu[*name] = rounded(processor_seconds(*id) - before).into();
-        }
-        json!({"seconds": rounded(seconds), "processorSeconds": cpu,
+        json!({"seconds": rounded(seconds), "processorSeconds": busy,
             "load": {"min": least, "mean": rounded(mean), "max": most}})
     }
 }
@@ -70,7 +76,7 @@ fn load() -> f64 {
 }
 
 /// User and system time of all threads.
-pub fn processor_seconds(process: u32) -> f64 {
+fn processor_seconds(process: u32) -> f64 {
     let text = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap();
     // The name stands in parentheses and may hold anything; 14th and 15th field are ticks of 10 ms.
     let after = text.rsplit_once(") ").unwrap().1;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{ApiResource, DynamicObject, PartialObjectMeta};
+use kube::api::{ApiResource, DynamicObject};
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use serde_json::Value;
@@ -32,7 +32,8 @@ pub struct Watching {
 }
 
 impl Watching {
-    /// Opens one watch for the objects, one for each kind of child, of which only metadata is sent, and one for pods.
+    /// Opens one watch for the objects, one for each kind of child, and one for pods. Each asks for whole objects, as the
+    /// operator does, because the API server then writes every event once for both.
     pub fn start(client: &Client, subject: &Subject) -> Watching {
         let seen = Arc::new(Mutex::new(HashMap::new()));
         let mut tasks = vec![objects(client, subject, seen.clone())];
@@ -100,7 +101,7 @@ fn objects(client: &Client, subject: &Subject, seen: Stamps) -> JoinHandle<()> {
 
 fn children(client: &Client, subject: &Subject, kind: Kind, seen: Stamps) -> JoinHandle<()> {
     let resource = kind.resource();
-    let api: Api<PartialObjectMeta<DynamicObject>> = Api::all_with(client.clone(), &resource);
+    let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
     let label = subject.label;
     tokio::spawn(async move {
         let mut events = watcher(api, watcher::Config::default()).applied_objects().boxed();
