@@ -19,7 +19,6 @@ mod local;
 mod manifest;
 mod measure;
 mod measured;
-mod memory;
 mod metrics;
 mod neighbours;
 mod observe;
