@@ -211,6 +211,15 @@ fn decode(device: &Device, piece: &Buffer, sweep: bool, read: f64) {
         case("8B b32 600", 32, 8, 128, spread(32, 200, 1000), 4),
         case("8B b64 600", 32, 8, 128, spread(64, 200, 1000), 3),
         case("8B b256 600", 32, 8, 128, spread(256, 200, 1000), 2),
+        case("8B b32 190", 32, 8, 128, spread(32, 128, 256), 16),
+        case("8B b64 190", 32, 8, 128, spread(64, 128, 256), 8),
+        case("8B b128 190", 32, 8, 128, spread(128, 128, 256), 4),
+        case("8B b256 190", 32, 8, 128, spread(256, 128, 256), 4),
+        case("1B b64 190", 32, 8, 64, spread(64, 128, 256), 16),
+        case("1B b256 190", 32, 8, 64, spread(256, 128, 256), 8),
+        case("1B b256 mixed", 32, 8, 64, [vec![4000; 3], spread(253, 50, 900)].concat(), 4),
+        case("8B b64 mixed", 32, 8, 128, [vec![8000], spread(63, 100, 900)].concat(), 3),
+        case("8B b256 mixed", 32, 8, 128, [vec![8000; 3], spread(253, 100, 900)].concat(), 2),
         case("1B b32 600", 32, 8, 64, spread(32, 200, 1000), 8),
         case("1B b128 600", 32, 8, 64, spread(128, 200, 1000), 3),
         case("1B b256 600", 32, 8, 64, spread(256, 200, 1000), 2),
@@ -231,6 +240,11 @@ fn decode(device: &Device, piece: &Buffer, sweep: bool, read: f64) {
                 17..=64 => &[1, 2, 4],
                 _ => &[1, 2],
             };
+            if device.is_hopper() {
+                let staying = attention.staying(case.heads, case.kv_heads);
+                let most = staying.stages;
+                plans.extend((1..=most).map(|stages| (DecodePlan { stages, ..staying }, 1)));
+            }
             for &splits in splits {
                 for cluster in [1, 2, 4, 8] {
                     for stages in [2, 3, 4, 5, 6, 8] {
@@ -239,7 +253,8 @@ fn decode(device: &Device, piece: &Buffer, sweep: bool, read: f64) {
                             && cluster <= splits
                             && (splits == 1 || cluster == 1 || cluster == splits.min(8))
                         {
-                            plans.push((DecodePlan { splits, stages, cluster }, 1));
+                            let plan = DecodePlan { splits, stages, cluster, stay: None };
+                            plans.push((plan, 1));
                         }
                     }
                 }
@@ -252,9 +267,10 @@ fn decode(device: &Device, piece: &Buffer, sweep: bool, read: f64) {
             let behind =
                 decode_seconds(device, &bench, &attention, Some(plan), settled, true) - small;
             let rate = bytes / seconds / 1e12;
-            let DecodePlan { splits, stages, cluster } = plan;
+            let DecodePlan { splits, stages, cluster, stay } = plan;
+            let stays = if stay.is_some() { " stays" } else { "" };
             let line = format!(
-                "{:10} {splits:2}/{cluster} x{stages} {}: {:7.2} us {rate:5.2} TB/s {:3.0} %, behind a small one ({:.2}) {:7.2} us",
+                "{:10} {splits:2}/{cluster} x{stages}{stays} {}: {:7.2} us {rate:5.2} TB/s {:3.0} %, behind a small one ({:.2}) {:7.2} us",
                 case.name,
                 if settled == 1 { "settled" } else { "waiting" },
                 seconds * 1e6,

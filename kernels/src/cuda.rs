@@ -10,6 +10,8 @@ mod images {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     AttentionDecode,
+    /// Hopper: one new token of each of many sequences.
+    AttentionMany,
     /// Norm, RoPE and the write of keys and values for runs of tokens; their attention everywhere from sm_80.
     AttentionPrefill,
     /// Hopper: attention of runs of tokens.
@@ -27,8 +29,9 @@ pub enum Family {
 }
 
 impl Family {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::AttentionDecode,
+        Self::AttentionMany,
         Self::AttentionPrefill,
         Self::AttentionHopper,
         Self::GemmStream,
@@ -43,7 +46,10 @@ impl Family {
     /// Whether it exists for Hopper alone.
     #[must_use]
     pub fn is_hopper_only(self) -> bool {
-        matches!(self, Self::AttentionHopper | Self::GemmStream | Self::GemmTile)
+        matches!(
+            self,
+            Self::AttentionMany | Self::AttentionHopper | Self::GemmStream | Self::GemmTile
+        )
     }
 
     /// The name of its source file, without the extension.
@@ -51,6 +57,7 @@ impl Family {
     pub fn name(self) -> &'static str {
         match self {
             Self::AttentionDecode => "attention_decode",
+            Self::AttentionMany => "attention_many",
             Self::AttentionPrefill => "attention_prefill",
             Self::AttentionHopper => "attention_hopper",
             Self::GemmStream => "gemm_stream",

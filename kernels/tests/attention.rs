@@ -376,10 +376,16 @@ fn same(a: &[bf16], b: &[bf16]) -> bool {
 
 /// The plans that a card can run: alone, through memory, through a cluster, and both mixed.
 fn plans(device: &Device, attention: &Attention, model: Model) -> Vec<DecodePlan> {
-    let plan = |splits, stages, cluster| DecodePlan { splits, stages, cluster };
+    let plan = |splits, stages, cluster| DecodePlan { splits, stages, cluster, stay: None };
     let mut plans = vec![plan(1, 3, 1), plan(5, 2, 1), plan(32, 2, 1), plan(3, 1, 1)];
     if device.is_hopper() && !is_portable() {
         plans.extend([plan(2, 5, 2), plan(8, 4, 8), plan(16, 1, 8), plan(1, 5, 1), plan(4, 2, 4)]);
+    }
+    if device.is_hopper() {
+        // Few blocks, so that each has to claim several items; and more than there are items.
+        let staying = attention.staying(model.heads, model.kv_heads);
+        plans.extend([Some(1), Some(3), staying.stay].map(|stay| DecodePlan { stay, ..staying }));
+        plans.push(DecodePlan { stay: Some(2), stages: 1, splits: 3 - staying.splits, ..staying });
     }
     plans.retain(|&plan| attention.holds(plan, model.heads, model.kv_heads));
     plans
@@ -433,7 +439,7 @@ fn decode_gives_what_the_plain_version_gives() {
         let attention = load(&device, model.head_dim);
         let world = World::new(
             model,
-            &decoding(&[0, 200, 63, 64, 127, 1, 15, 16, 700, 329]),
+            &decoding(&[0, 200, 63, 64, 127, 1, 15, 16, 1700, 329]),
             10 * i as u64,
         );
         let mut tried = plans(&device, &attention, model);

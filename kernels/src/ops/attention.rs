@@ -93,6 +93,9 @@ pub struct DecodePlan {
     pub stages: u32,
     /// Splits of one cluster, which merge through its shared memory.
     pub cluster: u32,
+    /// Blocks that stay and take one KV head of one sequence after the other (`cuda/attention_many.cu`, only on Hopper),
+    /// long sequences in two halves where `splits` is 2; otherwise each has blocks to itself.
+    pub stay: Option<u32>,
 }
 
 /// Query heads that a decode block takes, at most.
@@ -139,7 +142,7 @@ pub fn decode_workspace(
     let runs = Runs::of(heads, kv_heads);
     let each = (1..=rows_max).map(|rows| {
         let splits = splits(processors, head_dim, rows * kv_heads * runs.count);
-        let plan = DecodePlan { splits, stages: 1, cluster: 1 };
+        let plan = DecodePlan { splits, stages: 1, cluster: 1, stay: None };
         plan.workspace(rows, heads, kv_heads, head_dim)
     });
     each.fold((0, 0), |(p, c), (partials, counters)| (p.max(partials), c.max(counters)))
@@ -170,6 +173,8 @@ pub struct Attention {
     decode_shared_max: u32,
     processors: u32,
     decode: Kernel,
+    /// Only on Hopper.
+    many: Option<Kernel>,
     rope_kv: Kernel,
     prefill: Kernel,
     prefill_shape: PrefillShape,
@@ -220,13 +225,25 @@ impl PrefillShape {
 const DECODE_SHARED_MAX: u32 = 99 * 1024;
 const DECODE_SHARED_MAX_HOPPER: u32 = 227 * 1024;
 
-/// Shared memory of a decode block, as `cuda/attention_decode.cu` lays it out.
+/// Shared memory of a processor of Hopper.
+const PROCESSOR_SHARED_BYTES: u32 = 228 * 1024;
+
+/// Pages in flight of a block that stays.
+const STAYING_STAGES_MAX: u32 = 6;
+
+/// Shared memory of a decode block, as `cuda/attention_decode.cu` and `cuda/attention_many.cu` lay it out.
 fn decode_shared_bytes(plan: DecodePlan, heads: usize, head_dim: usize) -> u32 {
     let stages = plan.stages as usize;
-    let ring = (stages * 4 * PAGE_TOKENS * head_dim).max(4 * heads * (head_dim + 8) * 4);
+    let (pages, sums) = (stages * 4 * PAGE_TOKENS * head_dim, 4 * heads * (head_dim + 8) * 4);
+    // Blocks that stay fetch pages while sums meet.
+    let ring = if plan.stay.is_some() { pages + sums } else { pages.max(sums) };
     let states = 2 * 4 * RUN_HEADS * 4;
     let vectors = (RUN_HEADS + 2) * head_dim * 2;
-    let barriers = 16 + 16 + 32 * stages;
+    let barriers = if plan.stay.is_some() {
+        4 * 16 + 16 + 2 * 4 * 8 + 16 * stages
+    } else {
+        16 + 16 + 32 * stages
+    };
     let cluster =
         if plan.cluster > 1 { plan.cluster as usize * heads * (head_dim + 2) * 4 } else { 0 };
     (ring + states + vectors + barriers + cluster) as u32
@@ -256,17 +273,22 @@ impl Attention {
     /// [`Device::kernel`].
     pub fn load_shape(device: &Device, shape: PrefillShape) -> Result<Self, DeviceError> {
         let head_dim = shape.head_dim;
-        let (decode, rope_kv) = match head_dim {
-            64 => ("attention_decode_64", "rope_kv_64"),
-            128 => ("attention_decode_128", "rope_kv_128"),
-            _ => ("attention_decode_256", "rope_kv_256"),
+        let (decode, many, rope_kv) = match head_dim {
+            64 => ("attention_decode_64", "attention_many_64", "rope_kv_64"),
+            128 => ("attention_decode_128", "attention_many_128", "rope_kv_128"),
+            _ => ("attention_decode_256", "attention_many_256", "rope_kv_256"),
         };
         let hopper = Self::HOPPER.contains(&shape);
         let decode_shared_max =
             if device.is_hopper() { DECODE_SHARED_MAX_HOPPER } else { DECODE_SHARED_MAX };
         let family = if hopper { Family::AttentionHopper } else { Family::AttentionPrefill };
+        let many = device
+            .is_hopper()
+            .then(|| device.kernel(Family::AttentionMany, many, decode_shared_max))
+            .transpose()?;
         Ok(Self {
             head_dim,
+            many,
             on_hopper: device.is_hopper(),
             decode_shared_max,
             processors: device.processors(),
@@ -282,6 +304,14 @@ impl Attention {
     pub fn plan(&self, rows: usize, heads: usize, kv_heads: usize) -> DecodePlan {
         let runs = Runs::of(heads, kv_heads);
         let pairs = (rows * kv_heads * runs.count).max(1);
+        if self.many.is_some() {
+            let plan = self.staying(heads, kv_heads);
+            let at_once = plan.stay.expect("its blocks stay") as usize;
+            // Nearly one for each; with fewer, splits that run side by side were faster.
+            if 4 * pairs >= 3 * at_once && self.holds(plan, heads, kv_heads) {
+                return plan;
+            }
+        }
         let splits = splits(self.processors, self.head_dim, pairs);
         let cluster = if self.on_hopper { splits } else { 1 };
         // Some 96 KB in flight; more where a block has a processor to itself.
@@ -291,7 +321,7 @@ impl Attention {
             (64, _) => 6,
             _ => 3,
         };
-        let mut plan = DecodePlan { splits, stages, cluster };
+        let mut plan = DecodePlan { splits, stages, cluster, stay: None };
         // Two pages in flight are worth more than splits that merge within one cluster, and those more than a third page.
         while !self.holds(plan, heads, kv_heads) {
             if plan.stages > 2 || plan.cluster == 1 {
@@ -303,11 +333,33 @@ impl Attention {
         plan
     }
 
+    /// The plan of blocks that stay, as many as the card holds at once.
+    #[must_use]
+    pub fn staying(&self, heads: usize, kv_heads: usize) -> DecodePlan {
+        // As `__launch_bounds__` of the kernels.
+        let each = match self.head_dim {
+            64 => 3,
+            128 => 2,
+            _ => 1,
+        };
+        let longest = Runs::of(heads, kv_heads).heads;
+        let stay = Some(each * self.processors);
+        // As many as blocks of their own would have, whose workspace this is.
+        let splits = splits(self.processors, self.head_dim, usize::MAX);
+        let plan = |stages| DecodePlan { splits, stages, cluster: 1, stay };
+        // The system takes 1 KB of each block.
+        let room = PROCESSOR_SHARED_BYTES / each - 1024;
+        let fits =
+            |&stages: &u32| decode_shared_bytes(plan(stages), longest, self.head_dim) <= room;
+        plan((1..=STAYING_STAGES_MAX).rev().find(fits).unwrap_or(1))
+    }
+
     /// Whether a decode block of a plan fits into a processor of this card.
     #[must_use]
     pub fn holds(&self, plan: DecodePlan, heads: usize, kv_heads: usize) -> bool {
         let longest = Runs::of(heads, kv_heads).heads;
-        decode_shared_bytes(plan, longest, self.head_dim) <= self.decode_shared_max
+        (plan.stay.is_none() || self.many.is_some())
+            && decode_shared_bytes(plan, longest, self.head_dim) <= self.decode_shared_max
     }
 
     /// Attention of rows `first_row..first_row + row_count`, each the one new token of its sequence: norm, RoPE, the
@@ -339,8 +391,22 @@ impl Attention {
             stages: plan.stages as i32,
             ..*arguments
         };
+        let (kernel, blocks) = match (plan.stay, self.many) {
+            (Some(stay), Some(many)) => {
+                let items = (kv_heads * runs.count) as u32 * arguments.row_count as u32;
+                assert!(
+                    plan.splits <= 2 && items >= 2,
+                    "whole rows or halves, and counters for two"
+                );
+                (many, [stay.min(items), 1, 1])
+            }
+            _ => {
+                let units = (kv_heads * runs.count) as u32;
+                (self.decode, [units, arguments.row_count as u32, plan.splits])
+            }
+        };
         let grid = Grid {
-            blocks: [(kv_heads * runs.count) as u32, arguments.row_count as u32, plan.splits],
+            blocks,
             threads: if self.on_hopper { 160 } else { 128 },
             shared_bytes: decode_shared_bytes(plan, runs.heads, self.head_dim),
             cluster: [1, 1, plan.cluster],
@@ -350,7 +416,7 @@ impl Attention {
             return Ok(());
         }
         // SAFETY: the caller's promise; the layout is mirrored.
-        unsafe { device.launch(self.decode, grid, &arguments) }
+        unsafe { device.launch(kernel, grid, &arguments) }
     }
 
     /// Spans cut into what one block of [`Attention::prefill`] takes, heaviest first. Cuts do not change a row's bits.
