@@ -16,6 +16,7 @@ mod shape;
 mod slots;
 mod space;
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -304,8 +305,10 @@ impl CudaBackend {
         // Singles first, then the longer spans; samples in the order of rows, prompts after all samples.
         let is_single =
             |&index: &usize| step.spans[index].inputs.len() == 1 && !self.batch_invariant;
-        let (singles, longer): (Vec<usize>, Vec<usize>) =
+        let (mut singles, longer): (Vec<usize>, Vec<usize>) =
             (0..step.spans.len()).partition(is_single);
+        // The longest begin first, so that none is left when the others are done.
+        singles.sort_by_key(|&index| Reverse(step.spans[index].position));
         let is_plain = |span: &Span| {
             let own = matches!(span.inputs[0], RowInput::Embedding(_));
             span.sample && !span.prompt_logprobs && !own
