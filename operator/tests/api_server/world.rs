@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
+use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource, ResourceExt};
@@ -270,7 +271,13 @@ impl World {
             "state": {"terminated": ended}}]}),
         )
         .await;
-        let at = "2026-01-01T00:00:00Z";
+        // A failed Job is old enough to be tried again. One that is complete has only now ended: its pod's words may reach
+        // the operator after it.
+        let at = if exit_code == 0 {
+            Timestamp::from_second(Timestamp::now().as_second()).unwrap().to_string()
+        } else {
+            "2026-01-01T00:00:00Z".to_owned()
+        };
         let condition = |kind: &str| json!({"type": kind, "status": "True", "lastTransitionTime": at, "lastProbeTime": at});
         let status = if exit_code == 0 {
             json!({"startTime": at, "completionTime": at, "succeeded": 1, "ready": 0, "uncountedTerminatedPods": {},
