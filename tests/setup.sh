@@ -5,6 +5,7 @@
 #
 #   tests/setup.sh            install and build what is missing
 #   tests/setup.sh --check    say what is missing and change nothing (exit status 1 if anything is)
+#   tests/setup.sh --fleet    also build kwok, which `make soak-fleet` alone needs
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -88,4 +89,5 @@ build kube "-X $version.gitVersion=v1.34.4 -X $version.gitMajor=1 -X $version.gi
 build addons
 build pause
 build judges
+[ "${1:-}" != --fleet ] || build kwok
 exit $missing

@@ -11,7 +11,7 @@ use kube::{Api, Client, ResourceExt};
 use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus};
 use serde_json::Value;
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
 
 use crate::desired::{Identity, names};
 use crate::fields::{difference, digest, impose};
@@ -80,9 +80,56 @@ pub struct Writer<'a> {
     pub client: &'a Client,
     pub caches: &'a Caches,
     pub metrics: &'a Metrics,
-    /// Held by who changes the owners of what several objects share, until the cache shows it: one process leads, so
-    /// nobody else does at the same time.
-    pub sharing: &'a Mutex<()>,
+    pub sharing: &'a Sharing,
+}
+
+/// Who changes the owners of what several objects share: one at a time, until the cache shows it. One process leads, so
+/// nobody else does meanwhile. Whoever has the turn writes for all who wait for the same object.
+#[derive(Default)]
+pub struct Sharing {
+    turn: Mutex<()>,
+    /// Shares that somebody is about to take: kind, namespace and name of what is shared, and the owner to be.
+    wanted: std::sync::Mutex<Vec<(String, OwnerReference)>>,
+}
+
+/// A share that is wanted until this is dropped.
+pub struct Wish<'a> {
+    sharing: &'a Sharing,
+    of: String,
+    uid: String,
+}
+
+impl Sharing {
+    pub async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().await
+    }
+
+    /// Says that `owner` is to have a share in an object.
+    pub fn want<K: Cached>(&self, namespace: &str, name: &str, owner: OwnerReference) -> Wish<'_> {
+        let of = format!("{} {namespace}/{name}", K::kind(&()));
+        let uid = owner.uid.clone();
+        self.wishes().push((of.clone(), owner));
+        Wish { sharing: self, of, uid }
+    }
+
+    fn wishes(&self) -> std::sync::MutexGuard<'_, Vec<(String, OwnerReference)>> {
+        self.wanted.lock().expect("no holder panics")
+    }
+}
+
+impl Wish<'_> {
+    /// Everyone who wants a share in the same object, the one of this wish among them.
+    pub fn with_others(&self) -> Vec<OwnerReference> {
+        let wishes = self.sharing.wishes();
+        let same = wishes.iter().filter(|(of, _)| *of == self.of);
+        same.map(|(_, owner)| owner.clone()).collect()
+    }
+}
+
+impl Drop for Wish<'_> {
+    fn drop(&mut self) {
+        self.sharing.wishes().retain(|(of, owner)| *of != self.of || owner.uid != self.uid);
+    }
 }
 
 /// Whose an object is.
@@ -167,7 +214,7 @@ impl Writer<'_> {
         }
     }
 
-    /// Makes the owners of a cached, shared object be `owners`; `sharing` is held. Conditional on what the cache holds.
+    /// Makes the owners of a cached, shared object be `owners`; the turn is ours. Conditional on what the cache holds.
     pub async fn set_owners<K: Cached>(
         &self,
         live: &K,

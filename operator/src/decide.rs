@@ -296,7 +296,8 @@ async fn replan(
     let Some(facts) = learn(&wanted, note, context, pass).await? else {
         return Ok(Outcome::Unknown);
     };
-    let neighbours = neighbours::read(&context.client, context.namespace.as_deref(), identity)
+    let scope = context.namespace.as_deref();
+    let neighbours = neighbours::read(&context.client, &context.caches, scope, identity)
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);

@@ -1,6 +1,7 @@
 //! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job, facts), and
 //! what is known by now. Never here: what the facts mean. The objects belong to all LLMDeployments of one source: the
-//! first creates them, the others join as owners, the last to leave takes them along.
+//! first creates them, the others join as owners, many in one write where they come at once, the last to leave takes them
+//! along.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -136,7 +137,7 @@ async fn leave_kind<K: Cached>(
     if K::cache(writer.caches).find(unused).is_none() {
         return Ok(());
     }
-    let _turn = writer.sharing.lock().await;
+    let _turn = writer.sharing.turn().await;
     for held in K::cache(writer.caches).state_filter(unused) {
         let others: Vec<OwnerReference> = held
             .owner_references()
@@ -176,11 +177,17 @@ async fn join_present<K: Cached>(
     if cached().as_ref().is_none_or(joined) {
         return Ok(());
     }
-    let _turn = writer.sharing.lock().await;
+    let own = serde_json::from_value(identity.co_owner()).expect("an owner reference is one");
+    let wish = writer.sharing.want::<K>(&identity.namespace, name, own);
+    let _turn = writer.sharing.turn().await;
+    // Who had the turn before may have written for us.
     let Some(live) = cached().filter(|live| !joined(live)) else { return Ok(()) };
     let mut owners = live.owner_references().to_vec();
-    let own = serde_json::from_value(identity.co_owner());
-    owners.push(own.expect("an owner reference is one"));
+    for other in wish.with_others() {
+        if !owners.iter().any(|owner| owner.uid == other.uid) {
+            owners.push(other);
+        }
+    }
     writer.set_owners(live.as_ref(), &owners).await
 }
 

@@ -19,6 +19,7 @@ mod local;
 mod manifest;
 mod measure;
 mod measured;
+mod memory;
 mod metrics;
 mod neighbours;
 mod observe;

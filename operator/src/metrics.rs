@@ -82,6 +82,13 @@ impl Metrics {
         }
     }
 
+    /// How many there were.
+    pub fn reconciles(&self) -> u64 {
+        let counts =
+            ["success", "error"].map(|result| self.reconciles.with_label_values(&[result]).get());
+        counts.into_iter().sum()
+    }
+
     pub fn wrote(&self, kind: &str) {
         self.writes.with_label_values(&[kind]).inc();
     }

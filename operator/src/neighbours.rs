@@ -1,6 +1,7 @@
 //! In: the namespace the operator may see, or the whole cluster. Out: the memory, CPU and GPUs that others' pods ask for on each
-//! node, and what quotas leave, as of now. Read once for each plan that is made, and at no other time: a watch on every pod of a cluster, kept for a
-//! plan now and then, would make the operator large and busy. Never here: a decision.
+//! node, and what quotas leave, as of now. Engines are known from the cache; all other pods are read once for each plan that
+//! is made, and at no other time: a watch on every pod of a cluster, kept for a plan now and then, would make the operator
+//! large and busy. Reading engines too would cost a fleet of a thousand objects a million pods. Never here: a decision.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +9,8 @@ use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
 use kube::api::ListParams;
 use kube::{Api, Client};
 
-use crate::desired::Identity;
+use crate::desired::{Identity, names};
+use crate::observe::Caches;
 use crate::plan::{self, Asked, Neighbours};
 
 /// Pods are read in pages of this many, so that a large cluster fills no memory.
@@ -22,6 +24,7 @@ const BOUND: &str = "spec.nodeName!=,status.phase!=Succeeded,status.phase!=Faile
 /// All pods but the engines of the object itself, which a new revision replaces.
 pub async fn read(
     client: &Client,
+    caches: &Caches,
     namespace: Option<&str>,
     object: &Identity,
 ) -> Result<Neighbours, kube::Error> {
@@ -29,20 +32,25 @@ pub async fn read(
         Some(namespace) => Api::namespaced(client.clone(), namespace),
         None => Api::all(client.clone()),
     };
-    let mut asked = BTreeMap::new();
+    let mut asked: BTreeMap<String, Asked> = BTreeMap::new();
     let mut own_gpus = 0;
-    let mut page = ListParams::default().fields(BOUND).limit(PAGE_PODS);
+    let mut count = |pod: &Pod| {
+        let Some((node, more)) = plan::asked(pod) else { return };
+        if object.has_engine(pod) {
+            own_gpus += more.gpus;
+            return;
+        }
+        match asked.get_mut(node) {
+            Some(sum) => *sum = sum.plus(more),
+            None => drop(asked.insert(node.to_owned(), more)),
+        }
+    };
+    caches.pods().iter().filter(|pod| !is_over(pod)).for_each(|pod| count(pod));
+    let not_ours = format!("{}!={}", names::MANAGED_BY, names::MANAGER);
+    let mut page = ListParams::default().fields(BOUND).labels(&not_ours).limit(PAGE_PODS);
     for _ in 0..PAGES_MAX {
         let list = pods.list(&page).await?;
-        for pod in &list.items {
-            let Some((node, more)) = plan::asked(pod) else { continue };
-            if object.has_engine(pod) {
-                own_gpus += more.gpus;
-            } else {
-                let sum: &mut Asked = asked.entry(node.to_owned()).or_default();
-                *sum = sum.plus(more);
-            }
-        }
+        list.items.iter().for_each(&mut count);
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
             None => break,
@@ -50,6 +58,11 @@ pub async fn read(
     }
     let quota = plan::quota(&quotas(client, object).await?, own_gpus);
     Ok(Neighbours { asked, namespaced: namespace.is_some(), quota })
+}
+
+fn is_over(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
 }
 
 /// Of the object's namespace. An operator that may not read them, because its role is of an older chart, knows of none.

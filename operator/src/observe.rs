@@ -12,7 +12,7 @@ use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
+    ConfigMap, Container, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
 };
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -27,13 +27,16 @@ use tokio::sync::watch;
 
 use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
+use crate::revision;
 
 mod nodes_version;
 mod optional;
+mod shares;
 mod touched;
 
 use nodes_version::NodesVersion;
 pub use optional::Optional;
+use shares::Shares;
 use touched::Touched;
 
 /// How long a reconcile waits until its own write shows in the cache, before it goes on without.
@@ -173,10 +176,10 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     triggers.push(scope.children(service_accounts_writer, trim_meta));
     triggers.push(scope.children(budgets_writer, trim_meta));
     triggers.push(scope.children(policies_writer, trim_meta));
-    triggers.push(scope.children(revisions_writer, trim_meta));
-    triggers.push(scope.children(jobs_writer, trim_meta));
-    triggers.push(scope.children(claims_writer, trim_meta));
-    triggers.push(scope.children(facts_writer, trim_meta));
+    triggers.push(scope.children(revisions_writer, trim_revision));
+    triggers.push(scope.shared(jobs_writer));
+    triggers.push(scope.shared(claims_writer));
+    triggers.push(scope.shared(facts_writer));
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
     triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
@@ -211,6 +214,16 @@ impl Scope<'_> {
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
         follow(self.api(), ours(), writer, trim, |child: &K| owners(child))
     }
+
+    /// What the objects of one model source have in common.
+    fn shared<K: Cached>(
+        &self,
+        writer: reflector::store::Writer<K>,
+    ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+        let mut shares = Shares::of(writer.as_reader());
+        let concerned = move |shared: &K| shares.concerned(shared);
+        follow(self.api(), ours(), writer, trim_meta, concerned)
+    }
 }
 
 fn ours() -> watcher::Config {
@@ -222,7 +235,7 @@ fn follow<K>(
     config: watcher::Config,
     writer: reflector::store::Writer<K>,
     trim: fn(&mut K),
-    concerned: impl Fn(&K) -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
+    mut concerned: impl FnMut(&K) -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
 ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>>
 where
     K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
@@ -316,7 +329,12 @@ fn trim_meta<K: Resource>(object: &mut K) {
     object.meta_mut().managed_fields = None;
 }
 
-/// Of a pod only what tells whether it runs, where, and why not.
+fn trim_revision(stored: &mut ControllerRevision) {
+    trim_meta(stored);
+    revision::pack(stored);
+}
+
+/// Of a pod only what tells whether it runs, where, with how much of the node, and why not.
 fn trim_pod(pod: &mut Pod) {
     trim_meta(pod);
     if let Some(annotations) = &mut pod.metadata.annotations {
@@ -331,7 +349,15 @@ fn trim_pod(pod: &mut Pod) {
                 || volume.config_map.is_some()
         });
         let volumes = (!volumes.is_empty()).then_some(volumes);
-        pod.spec = Some(PodSpec { node_name: spec.node_name, volumes, ..Default::default() });
+        pod.spec = Some(PodSpec {
+            node_name: spec.node_name,
+            volumes,
+            containers: spec.containers.into_iter().map(needs).collect(),
+            init_containers: spec.init_containers.map(|all| all.into_iter().map(needs).collect()),
+            resources: spec.resources,
+            overhead: spec.overhead,
+            ..Default::default()
+        });
     }
     if let Some(status) = &mut pod.status {
         status.pod_ips = None;
@@ -342,6 +368,12 @@ fn trim_pod(pod: &mut Pod) {
             container.allocated_resources = None;
         }
     }
+}
+
+/// Of a container what its pod asks of a node.
+fn needs(container: Container) -> Container {
+    let Container { name, resources, restart_policy, .. } = container;
+    Container { name, resources, restart_policy, ..Default::default() }
 }
 
 /// Of a node only what a pod may ask of it.

@@ -13,9 +13,8 @@ use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, OperatorUpgrade, Reason, ScalingStatus};
-use tokio::sync::Mutex;
 
-use crate::apply::{Applied, ApplyError, Owner, Writer};
+use crate::apply::{Applied, ApplyError, Owner, Sharing, Writer};
 use crate::decide::{self, Case};
 use crate::desired::{self, Children, Identity, Settings, Surroundings, protection, reach};
 use crate::events::Repair;
@@ -53,8 +52,7 @@ pub struct Context {
     pub settings: Settings,
     /// What an hour of a GPU costs, for plans by cost.
     pub prices: Prices,
-    /// See [`Writer::sharing`].
-    pub sharing: Mutex<()>,
+    pub sharing: Sharing,
     /// Tells the time, as far as status and patience need it.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
     pub considered: Considered,

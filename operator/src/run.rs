@@ -15,23 +15,26 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use futures::StreamExt;
 use futures::channel::mpsc;
+use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
 use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::reflector::ObjectRef;
 use kube::runtime::utils::CancelableJoinHandle;
-use kube::{Api, Client, Config, Resource};
+use kube::{Api, Client, Config, Resource, ResourceExt};
 use plimsoll_crds::{Clients, LLMDeployment};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tracing_subscriber::EnvFilter;
 
-use crate::apply::ApplyError;
+use crate::apply::{ApplyError, Sharing};
 use crate::cli::{CHART, CHART_VALUES};
 use crate::desired::Settings;
 use crate::leader::{self, Leader};
 use crate::measure;
+use crate::memory;
 use crate::metrics::{Metrics, Scraped};
 use crate::observe::{self, Caches, Triggers};
 use crate::plan::Prices;
@@ -43,8 +46,13 @@ use crate::scale::watch::{self as scaling, Scaler};
 
 /// The operator waits more than it computes; two threads keep it small.
 const WORKER_THREADS: usize = 2;
-/// Objects looked at side by side.
-const RECONCILES_MAX: u16 = 16;
+/// Objects looked at side by side that have nothing yet.
+const FIRST_LOOKS_MAX: usize = 16;
+/// Objects looked at side by side that stand; so whoever declares a thousand lets nobody wait for a status.
+const NEXT_LOOKS_MAX: usize = 8;
+/// News of an object that stands, and whose spec is not new, are heard out for so long before it is looked at: children come
+/// as five words, and a pod that has a node is often ready at once.
+const HEAR_OUT: Duration = Duration::from_millis(150);
 /// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
@@ -140,6 +148,7 @@ fn label(text: &str) -> Result<(String, String), String> {
 /// `plimsoll run`.
 pub fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     log_as(args.log_format);
+    memory::keep_small();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKER_THREADS)
         .enable_all()
@@ -211,7 +220,7 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         caches,
         advices,
         metrics: served.metrics.clone(),
-        sharing: tokio::sync::Mutex::new(()),
+        sharing: Sharing::default(),
         clock: Arc::new(Timestamp::now),
         considered: Considered::default(),
         measurements: Arc::default(),
@@ -249,6 +258,7 @@ async fn lead(
     let (news, measured) = mpsc::channel(NEWS_MAX);
     triggers.push(measured.map(Ok).boxed());
     let (caches, measurements) = (context.caches.clone(), context.measurements.clone());
+    let giving_back = memory::give_back(context.clone());
     let measuring = async move {
         if measure_every.is_zero() {
             std::future::pending::<()>().await;
@@ -258,6 +268,7 @@ async fn lead(
     tokio::select! {
         () = scaling::run(scaler) => unreachable!("the scaling loop has no end"),
         () = measuring => Ok(()),
+        () = giving_back => unreachable!("it has no end"),
         () = control(context, triggers, stop) => Ok(()),
         lost = leader.hold() => anyhow::bail!("no longer leading: {lost}"),
         () = overdue => Ok(()),
@@ -269,10 +280,19 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
     let store = context.caches.objects.clone();
     let failures = Arc::new(Failures::default());
     let counted = failures.clone();
+    let lanes = Arc::new(Lanes::default());
     let work = move |object: Arc<LLMDeployment>, context: Arc<Context>| {
         let failures = counted.clone();
+        let lanes = lanes.clone();
         let work = async move {
-            let done = reconcile(object.clone(), context).await;
+            let _turn = lanes.turn(&object, &context.caches).await;
+            // As it is now, after the wait.
+            let Some(object) = context.caches.objects.get(&ObjectRef::from_obj(object.as_ref()))
+            else {
+                return Ok(Action::await_change());
+            };
+            // Boxed, so that those who wait are small.
+            let done = Box::pin(reconcile(object.clone(), context)).await;
             if done.is_ok() {
                 failures.forget(object.meta());
             }
@@ -289,7 +309,8 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
         let _ = stop.wait_for(|stop| *stop).await;
     };
     let queue = triggers.take_until(Box::pin(until_stop));
-    let config = controller::Config::default().concurrency(RECONCILES_MAX);
+    // Each object is looked at by one at a time, and the lanes bound how many are.
+    let config = controller::Config::default().concurrency(0);
     controller::applier(work, policy, context, store, Box::pin(queue), config)
         .for_each(|done| async {
             match done {
@@ -304,6 +325,31 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
             }
         })
         .await;
+}
+
+/// Where objects wait for their turn, first come first served.
+struct Lanes {
+    first: Semaphore,
+    next: Semaphore,
+}
+
+impl Default for Lanes {
+    fn default() -> Lanes {
+        Lanes { first: Semaphore::new(FIRST_LOOKS_MAX), next: Semaphore::new(NEXT_LOOKS_MAX) }
+    }
+}
+
+impl Lanes {
+    async fn turn(&self, object: &LLMDeployment, caches: &Caches) -> SemaphorePermit<'_> {
+        let namespace = object.namespace().unwrap_or_default();
+        let stands = caches.get::<Deployment>(&namespace, &object.name_any()).is_some();
+        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
+        if stands && seen == object.metadata.generation {
+            tokio::time::sleep(HEAR_OUT).await;
+        }
+        let lane = if stands { &self.next } else { &self.first };
+        lane.acquire().await.expect("lanes are never closed")
+    }
 }
 
 /// Failures in a row by uid, for the back-off: another object of the same name begins anew.

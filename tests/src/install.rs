@@ -96,7 +96,7 @@ pub fn restricted_namespace(node: &Node, name: &str) -> Result<()> {
 }
 
 /// A program beside this one, or one folder up where tests lie.
-fn built(program: &str) -> Result<PathBuf> {
+pub fn built(program: &str) -> Result<PathBuf> {
     let here = std::env::current_exe()?;
     let found = here.ancestors().skip(1).take(2).map(|folder| folder.join(program));
     match found.into_iter().find(|path| path.exists()) {

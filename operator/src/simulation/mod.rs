@@ -24,8 +24,9 @@ use std::time::Duration;
 use kube::runtime::events::{Recorder, Reporter};
 use plimsoll_crds::Clients;
 use serde_json::Value;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::watch;
 
+use crate::apply::Sharing;
 use crate::desired::Settings;
 use crate::metrics::Metrics;
 use crate::observe;
@@ -119,7 +120,7 @@ fn live(world: &Arc<World>, settings: Settings, story: impl AsyncFnOnce()) -> En
             caches,
             advices: Arc::default(),
             metrics: Arc::new(Metrics::new()),
-            sharing: Mutex::new(()),
+            sharing: Sharing::default(),
             settings,
             clock: Arc::new(move || clock.clock()),
             considered: Considered::default(),

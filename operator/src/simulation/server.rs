@@ -144,17 +144,22 @@ struct Selected {
     resource: String,
     namespace: String,
     label: Option<(String, String)>,
+    /// Those that do not carry the label with this value, in the place of those that do.
+    others: bool,
     /// Pods that are bound to a node and not over.
     bound: bool,
 }
 
 impl Selected {
     fn by(asked: &Asked) -> Selected {
-        let label = asked.parameter("labelSelector").and_then(|selector| selector.split_once('='));
+        let selector = asked.parameter("labelSelector").unwrap_or_default();
+        let others = selector.contains("!=");
+        let label = selector.split_once(if others { "!=" } else { "=" });
         Selected {
             resource: asked.key.resource.clone(),
             namespace: asked.key.namespace.clone(),
             label: label.map(|(name, value)| (name.to_owned(), value.to_owned())),
+            others,
             bound: asked.parameter("fieldSelector").is_some(),
         }
     }
@@ -163,10 +168,9 @@ impl Selected {
         let over = matches!(object["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
         key.resource == self.resource
             && (self.namespace.is_empty() || self.namespace == key.namespace)
-            && self
-                .label
-                .as_ref()
-                .is_none_or(|(name, value)| object["metadata"]["labels"][name] == value.as_str())
+            && self.label.as_ref().is_none_or(|(name, value)| {
+                (object["metadata"]["labels"][name] == value.as_str()) != self.others
+            })
             && (!self.bound || (!object["spec"]["nodeName"].is_null() && !over))
     }
 

@@ -3,7 +3,7 @@
 //! In: a folder, an address and a way to start programs there. Out: a served API, its kubeconfigs
 //! and its audit log. Never listens beyond the address it is given.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -62,6 +62,8 @@ pub struct AuditEvent {
     pub name: String,
     /// The HTTP status of the answer.
     pub code: u64,
+    /// When it was received, as RFC 3339 with microseconds.
+    pub at: String,
 }
 
 impl AuditEvent {
@@ -114,6 +116,27 @@ impl ControlPlane {
     pub fn audit(&self) -> Result<Vec<AuditEvent>> {
         let log = std::fs::File::open(&self.audit_log).context("failed to open the audit log")?;
         BufReader::new(log).lines().map(|line| audit_event(&line?)).collect()
+    }
+
+    /// Requests of one user that were answered since the log was `from` bytes long, and how long it is now. Only their lines
+    /// are parsed: a long run leaves a hundred megabytes of others'.
+    pub fn requests_since(&self, user: &str, from: u64) -> Result<(Vec<AuditEvent>, u64)> {
+        let mut log =
+            std::fs::File::open(&self.audit_log).context("failed to open the audit log")?;
+        log.seek(SeekFrom::Start(from))?;
+        let mut text = String::new();
+        log.read_to_string(&mut text)?;
+        // The last line may be half written.
+        let whole = text.rfind('\n').map_or("", |end| &text[..=end]);
+        let named = format!("\"username\":\"{user}\"");
+        let lines = whole.lines().filter(|line| line.contains(&named));
+        let events = lines.map(audit_event).collect::<Result<_>>()?;
+        Ok((events, from + whole.len() as u64))
+    }
+
+    /// Process numbers of the API server and of etcd.
+    pub fn processes(&self) -> [u32; 2] {
+        [self.api_server.id(), self.etcd.id()]
     }
 
     /// Ends both.
@@ -185,12 +208,32 @@ fn api_server_flags(ground: &Ground<'_>, authority: &Authority) -> Result<Vec<St
         "--kubelet-preferred-address-types=InternalIP".into(),
         format!("--audit-policy-file={}", policy.display()),
         format!("--audit-log-path={}", ground.folder.join("log/audit.json").display()),
+        // Megabytes after which it would begin anew, and counts with it.
+        "--audit-log-maxsize=10000".into(),
         format!("--cert-dir={}", ground.folder.join("pki").display()),
     ];
     if !ground.endpoints {
         flags.push("--endpoint-reconciler-type=none".into());
     }
     Ok(flags)
+}
+
+/// The controller-manager at its defaults, alone.
+pub(crate) fn controller_manager_flags(plane: &ControlPlane) -> Result<Vec<String>> {
+    let config = plane.kubeconfig_for("system:kube-controller-manager", None)?;
+    let file = |name: &str| plane.authority.file(name).display().to_string();
+    Ok(vec![
+        format!("--kubeconfig={}", config.display()),
+        format!("--service-account-private-key-file={}", file("sa.key")),
+        format!("--root-ca-file={}", file("ca.crt")),
+        "--use-service-account-credentials=true".into(),
+        "--leader-elect=false".into(),
+    ])
+}
+
+pub(crate) fn scheduler_flags(plane: &ControlPlane) -> Result<Vec<String>> {
+    let config = plane.kubeconfig_for("system:kube-scheduler", None)?;
+    Ok(vec![format!("--kubeconfig={}", config.display()), "--leader-elect=false".into()])
 }
 
 fn audit_event(line: &str) -> Result<AuditEvent> {
@@ -208,6 +251,7 @@ fn audit_event(line: &str) -> Result<AuditEvent> {
         namespace: text("/objectRef/namespace").into(),
         name: text("/objectRef/name").into(),
         code: event.pointer("/responseStatus/code").and_then(Value::as_u64).unwrap_or_default(),
+        at: text("/requestReceivedTimestamp").into(),
     })
 }
 

@@ -241,7 +241,7 @@ fn start_parts(
     let log = sandbox.folder().join("log/coredns.log");
     Ok(vec![
         part("kube-controller-manager", controller_manager_flags(plane)?)?,
-        part("kube-scheduler", scheduler_flags(plane)?)?,
+        part("kube-scheduler", control::scheduler_flags(plane)?)?,
         part("kubelet", kubelet_flags(plane, sandbox)?)?,
         part("kube-proxy", proxy_flags(plane)?)?,
         Daemon::start("coredns", sandbox.daemon(&words), &log, ground.life)?,
@@ -249,23 +249,10 @@ fn start_parts(
 }
 
 fn controller_manager_flags(plane: &ControlPlane) -> Result<Vec<String>> {
-    let config = plane.kubeconfig_for("system:kube-controller-manager", None)?;
-    let file = |name: &str| plane.authority.file(name).display().to_string();
-    Ok(vec![
-        format!("--kubeconfig={}", config.display()),
-        format!("--service-account-private-key-file={}", file("sa.key")),
-        format!("--root-ca-file={}", file("ca.crt")),
-        "--use-service-account-credentials=true".into(),
-        "--leader-elect=false".into(),
-        // The default of 20 requests a second would pace what the operator is measured by.
-        "--kube-api-qps=200".into(),
-        "--kube-api-burst=400".into(),
-    ])
-}
-
-fn scheduler_flags(plane: &ControlPlane) -> Result<Vec<String>> {
-    let config = plane.kubeconfig_for("system:kube-scheduler", None)?;
-    Ok(vec![format!("--kubeconfig={}", config.display()), "--leader-elect=false".into()])
+    let mut flags = control::controller_manager_flags(plane)?;
+    // The default of 20 requests a second would pace what the operator is measured by.
+    flags.extend(["--kube-api-qps=200".into(), "--kube-api-burst=400".into()]);
+    Ok(flags)
 }
 
 fn kubelet_flags(plane: &ControlPlane, sandbox: &Sandbox) -> Result<Vec<String>> {

@@ -59,6 +59,14 @@ impl Daemon {
         Ok(())
     }
 
+    /// Asks it to end, as Kubernetes does, and waits until it has; one that does not is an error.
+    pub fn terminate(&mut self, within: Duration) -> Result<()> {
+        // SAFETY: a signal to a child that was not waited for, so that the number is still its own.
+        unsafe { libc::kill(self.id() as libc::pid_t, libc::SIGTERM) };
+        let child = &mut self.child;
+        wait_until(&format!("{} ends", self.name), within, || Ok(child.try_wait()?.map(drop)))
+    }
+
     /// Ends it at once and waits until it is gone.
     pub fn stop(&mut self) {
         // Both fail only when it is gone already, which is what we want.

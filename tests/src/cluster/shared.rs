@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 
 use super::api_server::ApiServer;
 use super::containers::toolbox_image;
+use super::fleet::Fleet;
 use super::node::Node;
 use super::process::Lifetime;
 use super::tools::Tools;
@@ -67,6 +68,16 @@ pub fn shared_api_server() -> Option<Shared<ApiServer>> {
     }
 }
 
+/// A control plane with a fleet of fake nodes, of its own; `None` as for the node.
+pub fn shared_fleet(name: &str) -> Option<Fleet> {
+    if let Err(reason) = possible() {
+        leave_out(&reason);
+        return None;
+    }
+    let started = hold_machine_lock().and_then(|()| Fleet::start(name));
+    Some(started.unwrap_or_else(|error| panic!("the fleet did not start: {error:#}")))
+}
+
 /// What stands in the way of a node on this machine.
 fn possible() -> Result<(), String> {
     // SAFETY: a plain system call without arguments.
@@ -94,6 +105,9 @@ fn start_node() -> Result<Node> {
 /// Two test runs on one machine take turns: the node's folder and control group have fixed names.
 fn hold_machine_lock() -> Result<()> {
     static LOCK: OnceLock<File> = OnceLock::new();
+    if LOCK.get().is_some() {
+        return Ok(());
+    }
     let path = "/var/tmp/plimsoll/test.lock";
     std::fs::create_dir_all("/var/tmp/plimsoll")?;
     let file = File::options().create(true).append(true).open(path).context(path)?;

@@ -60,6 +60,15 @@ impl Tools {
     }
 }
 
+/// kwok, which long runs alone need: `tests/setup.sh --fleet` builds it.
+pub(crate) fn kwok() -> Result<PathBuf> {
+    let path = cache_folder()?.join(format!("kwok-{}", source_key("kwok")?));
+    if !path.exists() {
+        bail!("{} is missing; tests/setup.sh --fleet builds it", path.display());
+    }
+    Ok(path)
+}
+
 /// A command from a program with its first arguments.
 pub(crate) fn command(words: &[String]) -> Command {
     let mut command = Command::new(&words[0]);

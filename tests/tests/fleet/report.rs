@@ -1,0 +1,159 @@
+//! In: figures. Out: whether each target of Plimsoll is met, and a page for docs/soak.
+
+use serde_json::Value;
+
+/// Children of an object with one replica.
+const CHILDREN: f64 = 5.0;
+
+pub struct Target {
+    pub name: &'static str,
+    pub measured: f64,
+    pub wanted: f64,
+    pub is_met: bool,
+    /// Counts are so; times are not.
+    pub holds_on_any_machine: bool,
+}
+
+/// What issue and README promise.
+pub fn targets(figures: &Value) -> Vec<Target> {
+    let target = |name, pointer: &str, wanted, holds_on_any_machine| {
+        let measured = figures.pointer(pointer).and_then(Value::as_f64).unwrap_or(f64::NAN);
+        Target { name, measured, wanted, is_met: measured <= wanted, holds_on_any_machine }
+    };
+    vec![
+        target("all children of a burst, s", "/creation/allChildrenAfter", 25.0, false),
+        target(
+            "object to last child in a trickle, p99, s",
+            "/trickle/objectToLastChild/p99",
+            0.3,
+            false,
+        ),
+        target(
+            "writes per object until quiet",
+            "/creation/requests/writesPerObject",
+            CHILDREN + 4.0,
+            true,
+        ),
+        target("Ready after its pod, p99, s", "/creation/podReadyToReady/p99", 1.0, false),
+        target("writes at rest", "/rest/requests/writes", 0.0, true),
+        target("reads at rest beside watches", "/rest/requests/reads", 0.0, true),
+        target("operator at rest, % of a core", "/rest/operatorPercentOfACore", 0.2, false),
+        target("writes at a restart", "/restart/requests/writes", 0.0, true),
+        target(
+            "every object looked at after a restart, s",
+            "/restart/everyObjectLookedAtAfter",
+            5.0,
+            false,
+        ),
+        target("resident memory at most, MB", "/residentMB/max", 60.0, true),
+        target("the same after a restart", "/residentMB/maxAfterRestart", 60.0, true),
+    ]
+}
+
+type Row = (&'static str, fn(&Value) -> String);
+
+const ROWS: &[Row] = &[
+    ("created in", |run| seconds(run, "/creation/createdIn")),
+    ("object → last child, p50 / p90 / p99 / max", |run| {
+        spread(run, "/creation/objectToLastChild")
+    }),
+    ("all children after", |run| seconds(run, "/creation/allChildrenAfter")),
+    ("all pods Ready after (the controller-manager's pace)", |run| {
+        seconds(run, "/creation/allPodsReadyAfter")
+    }),
+    ("pod Ready → object Ready, p50 / p90 / p99 / max", |run| {
+        spread(run, "/creation/podReadyToReady")
+    }),
+    ("all objects Ready after", |run| seconds(run, "/creation/allReadyAfter")),
+    ("operator quiet after", |run| seconds(run, "/creation/quietAfter")),
+    ("writes per object until quiet", |run| number(run, "/creation/requests/writesPerObject")),
+    ("reads per object until quiet", |run| number(run, "/creation/requests/readsPerObject")),
+    ("conflicts", |run| number(run, "/creation/requests/conflicts")),
+    ("processor until quiet: operator, API server", |run| processor(run, "/creation")),
+    ("**rest**, 5 min: writes", |run| number(run, "/rest/requests/writes")),
+    ("reads beside watch renewals", |run| number(run, "/rest/requests/reads")),
+    ("watch renewals; requests for the Lease", |run| {
+        format!(
+            "{}; {}",
+            number(run, "/rest/requests/watches"),
+            number(run, "/rest/requests/leases")
+        )
+    }),
+    ("operator, % of a core", |run| number(run, "/rest/operatorPercentOfACore")),
+    ("**restart**: writes", |run| number(run, "/restart/requests/writes")),
+    ("every object looked at after", |run| seconds(run, "/restart/everyObjectLookedAtAfter")),
+    ("**10 a second**: object → last child, p50 / p90 / p99 / max", |run| {
+        spread(run, "/trickle/objectToLastChild")
+    }),
+    ("resident memory: empty / at rest / at most", |run| {
+        let of = |name: &str| number(run, &format!("/residentMB/{name}"));
+        format!("{} / {} / {} MB", of("empty"), of("steady"), of("max"))
+    }),
+    ("load of the machine, mean: creation / rest / restart / trickle", |run| {
+        let of = |part: &str| number(run, &format!("/{part}/load/mean"));
+        format!("{} / {} / {} / {}", of("creation"), of("rest"), of("restart"), of("trickle"))
+    }),
+];
+
+fn number(run: &Value, pointer: &str) -> String {
+    run.pointer(pointer).filter(|found| !found.is_null()).map_or("–".to_owned(), Value::to_string)
+}
+
+fn seconds(run: &Value, pointer: &str) -> String {
+    format!("{} s", number(run, pointer))
+}
+
+fn spread(run: &Value, pointer: &str) -> String {
+    let places =
+        ["p50", "p90", "p99", "max"].map(|place| number(run, &format!("{pointer}/{place}")));
+    format!("{} s", places.join(" / "))
+}
+
+fn processor(run: &Value, pointer: &str) -> String {
+    let of = |name: &str| number(run, &format!("{pointer}/processorSeconds/{name}"));
+    format!("{}, {} s", of("operator"), of("apiServer"))
+}
+
+/// A table of all that ran, and of the targets.
+pub fn markdown(figures: &Value) -> String {
+    let set_up = &figures["setUp"];
+    let text = |name: &str| match &set_up[name] {
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    };
+    let runs: Vec<(&str, &Value)> =
+        [("Plimsoll", "plimsoll"), ("LeaderWorkerSet 0.10.0", "leaderWorkerSet")]
+            .into_iter()
+            .filter_map(|(title, name)| Some((title, figures.get(name)?)))
+            .collect();
+    let mut page = format!(
+        "<!-- Written by `make soak-fleet`. -->\n\n# {} objects\n\n`make soak-fleet`: {} objects made by {} clients in {} \
+         namespaces, on {} fake nodes with 32 GPUs (kwok {}, pods Ready at once); Kubernetes {}, etcd {}, on one machine \
+         with {} cores ({}) that operator, control plane and watcher share. Controller-manager: {}. What a model needs is \
+         known beforehand; no engine runs. All figures: [fleet.json](fleet.json).\n\n|",
+        text("objects"),
+        text("objects"),
+        text("clients"),
+        text("namespaces"),
+        text("nodes"),
+        text("kwok"),
+        text("kubernetes"),
+        text("etcd"),
+        text("cores"),
+        text("processor"),
+        text("controllerManager"),
+    );
+    let titles: String = runs.iter().map(|(title, _)| format!(" {title} |")).collect();
+    page.push_str(&format!(" |{titles}\n|---|{}\n", "---|".repeat(runs.len())));
+    for (name, cell) in ROWS {
+        let cells: String = runs.iter().map(|(_, run)| format!(" {} |", cell(run))).collect();
+        page.push_str(&format!("| {name} |{cells}\n"));
+    }
+    page.push_str("\n| target | wanted | measured | |\n|---|---|---|---|\n");
+    for target in targets(&figures["plimsoll"]) {
+        let Target { name, measured, wanted, is_met, .. } = target;
+        let verdict = if is_met { "met" } else { "**missed**" };
+        page.push_str(&format!("| {name} | ≤ {wanted} | {measured} | {verdict} |\n"));
+    }
+    page
+}
