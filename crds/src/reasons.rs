@@ -246,8 +246,8 @@ impl Reason {
             ),
             Reason::Accepted => (
                 "Accepted",
-                "The object was seen and its spec is valid.",
-                "Wait; the next pass says more.",
+                "The object was seen, and nothing came of its spec yet; where the API server took no write, the message says so.",
+                "Wait; the next pass says more. If it lasts, mend what the message names: a webhook, a quota.",
             ),
             Reason::Inspecting => (
                 "Inspecting",
@@ -349,7 +349,7 @@ impl Reason {
             ),
             Reason::InvalidSpec => (
                 "InvalidSpec",
-                "A field has a value that cannot work; the message names each one.",
+                "A field has a value that cannot work; the message names each one. What ran before runs on.",
                 "Change the fields that the message names.",
             ),
             Reason::SourceNotAllowed => (

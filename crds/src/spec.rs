@@ -38,7 +38,7 @@ use crate::status::LLMDeploymentStatus;
     printcolumn(name = "QUANT", type_ = "string", json_path = ".status.plan.quantization", description = "Quantization of the weights, as planned"),
     printcolumn(name = "KV", type_ = "string", json_path = ".status.plan.cache.dtype", description = "Type of the KV cache, as planned"),
     printcolumn(name = "TP", type_ = "integer", json_path = ".status.plan.tensorParallel", description = "Tensor-parallel degree, as planned"),
-    printcolumn(name = "REPLICAS", type_ = "integer", json_path = ".status.replicas", description = "Pods of the current revision"),
+    printcolumn(name = "REPLICAS", type_ = "integer", json_path = ".status.replicas", description = "Pods that there are, of any revision"),
     printcolumn(name = "URL", type_ = "string", json_path = ".status.url", priority = 1, description = "Where clients in the cluster reach it"),
     printcolumn(name = "REVISION", type_ = "string", json_path = ".status.revision", priority = 1, description = "The ControllerRevision that children come from"),
     printcolumn(name = "AGE", type_ = "date", json_path = ".metadata.creationTimestamp")

@@ -21,7 +21,7 @@ pub struct LLMDeploymentStatus {
     #[schemars(schema_with = "schema::conditions")]
     pub conditions: Vec<Condition>,
 
-    /// Pods of the current revision.
+    /// Pods that there are, of any revision: while one takes the place of another, those of both.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub replicas: i32,

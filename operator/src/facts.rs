@@ -20,6 +20,9 @@ use crate::spec::{Source, Spec};
 /// A pod that has a node and not its volumes is told of after this; kubelets that can attach them take less.
 const MOUNT_PATIENCE: Duration = Duration::from_secs(60);
 
+/// A Job without a pod is told of after this; its controller takes a second.
+const POD_PATIENCE: Duration = Duration::from_secs(30);
+
 /// How far the operator's knowledge of a model goes.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Model {
@@ -73,7 +76,7 @@ pub fn look(seen: &SeenModel, downloads: bool, now: Timestamp) -> Model {
             None => failed(why_failed(job)),
         };
     }
-    let (reason, message) = progress(&seen.job_pods, now);
+    let (reason, message) = progress(job, &seen.job_pods, now);
     Model::Looking { reason, message }
 }
 
@@ -127,10 +130,10 @@ fn why_failed(job: &Job) -> String {
 }
 
 /// What the Job waits for, in its own words where it has any.
-fn progress(pods: &[Arc<Pod>], now: Timestamp) -> (Reason, String) {
+fn progress(job: &Job, pods: &[Arc<Pod>], now: Timestamp) -> (Reason, String) {
     let inspecting = |message: &str| (Reason::Inspecting, message.to_owned());
     let Some(pod) = pods.iter().max_by_key(|pod| pod.metadata.creation_timestamp.clone()) else {
-        return inspecting("the inspect Job has no pod yet");
+        return (Reason::Inspecting, podless(job, now));
     };
     if let Some(why) = unschedulable(pod) {
         let no_claim = why.contains("persistentvolumeclaim");
@@ -153,6 +156,26 @@ fn progress(pods: &[Arc<Pod>], now: Timestamp) -> (Reason, String) {
         Some(message) => (Reason::VolumeNotMounted, message),
         None => inspecting("the inspect Job starts"),
     }
+}
+
+/// A Job says nothing of pods that nobody lets it make; its events do.
+fn podless(job: &Job, now: Timestamp) -> String {
+    let name = job.name_any();
+    match pod_patience_left(job, now) {
+        Some(left) if left.is_zero() => format!(
+            "the inspect Job {name} has had no pod for more than {} s: a quota, the pod security level or a webhook \
+             of the namespace may refuse it; `kubectl describe job {name}` has the API server's words",
+            POD_PATIENCE.as_secs()
+        ),
+        _ => "the inspect Job has no pod yet".to_owned(),
+    }
+}
+
+/// How long a Job without a pod may still wait for one before that is told; zero from then on.
+pub fn pod_patience_left(job: &Job, now: Timestamp) -> Option<Duration> {
+    let made = job.metadata.creation_timestamp.as_ref()?.0;
+    let passed = Duration::try_from(now.duration_since(made)).unwrap_or_default();
+    Some(POD_PATIENCE.saturating_sub(passed))
 }
 
 /// The kubelet's words where it cannot start a container, and the reason where they tell one. None while all goes well.

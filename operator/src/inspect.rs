@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::apply::{ApplyError, Owner, Want, Writer};
 use crate::desired::model::{self, Place};
 use crate::desired::{Identity, Settings, names};
-use crate::facts::{self, Model};
+use crate::facts::{self, Model, pod_patience_left};
 use crate::observe::{Cached, Caches};
 use crate::pods;
 use crate::spec::Spec;
@@ -230,11 +230,13 @@ pub fn again(
     key: &str,
     now: Timestamp,
 ) -> Option<Duration> {
+    let job = caches.get::<Job>(namespace, &names::inspect_job(key));
     if let Model::Looking { .. } = model {
-        return pods::look_again(&caches.labelled(namespace, names::MODEL, key), now);
+        let pods = caches.labelled(namespace, names::MODEL, key);
+        let left = job.filter(|_| pods.is_empty()).and_then(|job| pod_patience_left(&job, now));
+        return left.filter(|left| !left.is_zero()).or_else(|| pods::look_again(&pods, now));
     }
     let Model::Failed { retry: true, .. } = model else { return None };
-    let job = caches.get::<Job>(namespace, &names::inspect_job(key));
     Some(job.map_or(Duration::ZERO, |job| retry_in(&job, now)).max(Duration::from_secs(1)))
 }
 

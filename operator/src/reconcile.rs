@@ -133,16 +133,16 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         Ok(spec) => forward(object, &spec, &identity, context, &mut pass).await,
         Err(error) => {
             pass.trouble = Some(Said::no(Reason::InvalidSpec, error.to_string()));
-            Ok(())
+            hold(object, &identity, context, &mut pass).await
         }
     };
     if let Err(error) = outcome {
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
-        let first = seen.is_none();
+        let is_news = seen.is_none() || seen != object.metadata.generation;
         if let Err(error) = pass.stopped_by(error) {
-            // What serves goes on serving while the API server has trouble; a new object must not stay silent.
-            if first {
-                pass.trouble = Some(Said::no(Reason::Accepted, error.to_string()));
+            // A passing failure turns nothing that was told of this spec; a new one must not stay silent.
+            if is_news {
+                pass.in_the_way(Said::no(Reason::Accepted, error.to_string()));
                 tell(object, &identity, context, &pass).await?;
             } else if pass.current.is_some() && pass.rollout.is_some() {
                 // The pods of what stands are seen all the same.
@@ -196,8 +196,7 @@ async fn forward(
             && revision::is_outdated(revision, &context.settings.engine_image)
     };
 
-    let deployed_replicas = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
-    let deployed_replicas = deployed_replicas.and_then(|count| u32::try_from(count).ok());
+    let deployed_replicas = asked_for(&seen);
     pass.scaling = spec.scaling.map(|scaling| {
         let advice = context.advices.of(&identity.uid);
         scale::standing(&scaling, advice.as_ref(), pass.scaling.as_ref(), deployed_replicas)
@@ -267,6 +266,31 @@ async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Resul
     Ok(())
 }
 
+/// What runs goes on, and in repair, under a spec that cannot work, of which nothing else is followed.
+async fn hold(
+    object: &LLMDeployment,
+    identity: &Identity,
+    context: &Context,
+    pass: &mut Pass,
+) -> Result<(), ApplyError> {
+    let seen = context.caches.observe(&identity.namespace, &identity.name);
+    let revisions = revision::committed(&seen.revisions, &identity.uid);
+    let standing = revision::standing_hash(object, seen.deployment.as_deref());
+    let Some(running) = revision::running(&revisions, standing.as_deref()) else { return Ok(()) };
+    if let Some(deployed) = asked_for(&seen).filter(|_| !object.spec.suspend) {
+        pass.replicas = deployed;
+    }
+    let strategy = object.spec.rollout.as_ref().and_then(|rollout| rollout.strategy);
+    let deployment = seen.deployment.as_deref();
+    let rollout = rollout::hold(running, deployment, strategy.unwrap_or_default());
+    pass.rollout = Some(rollout.clone());
+    let around = Surroundings::held(&object.spec, pass.replicas, &context.settings);
+    if within_bounds(running, identity, &context.settings) || fewer(&seen, pass.replicas) {
+        pass.repaired = stand(object, &rollout, around, identity, context).await?;
+    }
+    Ok(())
+}
+
 /// Whether this operator may render a revision: one that was allowed once may reach out of its pods. Of such a one nothing
 /// is rendered any more. What runs is left alone, so that starting the operator anew ends nothing that serves.
 fn within_bounds(standing: &Revision, identity: &Identity, settings: &Settings) -> bool {
@@ -276,8 +300,13 @@ fn within_bounds(standing: &Revision, identity: &Identity, settings: &Settings) 
 
 /// Fewer pods than there are may always be asked for.
 fn fewer(seen: &Seen, replicas: u32) -> bool {
-    let asked_for = seen.deployment.as_ref().and_then(|held| held.spec.replicas);
-    asked_for.is_some_and(|asked_for| i64::from(replicas) < i64::from(asked_for))
+    asked_for(seen).is_some_and(|asked_for| replicas < asked_for)
+}
+
+/// Pods that the Deployment is to have.
+fn asked_for(seen: &Seen) -> Option<u32> {
+    let replicas = seen.deployment.as_ref()?.spec.replicas?;
+    u32::try_from(replicas).ok()
 }
 
 /// What a spec may not have under this operator: whatever reaches out of its pod.
@@ -464,16 +493,21 @@ impl Context {
 }
 
 impl Pass {
+    /// The first of several is told: the others may come of it.
+    fn in_the_way(&mut self, said: Said) {
+        self.trouble.get_or_insert(said);
+    }
+
     /// What a person must mend goes into status; what may pass goes up and is tried again.
     fn stopped_by(&mut self, error: ApplyError) -> Result<(), ApplyError> {
         let message = error.to_string();
         match error {
             ApplyError::Foreign { .. } | ApplyError::Refused { .. } => {
-                self.trouble = Some(Said::no(Reason::ChildRejected, message));
+                self.in_the_way(Said::no(Reason::ChildRejected, message));
                 self.again = Some(LOOK_AGAIN);
             }
             ApplyError::Leaving { .. } => {
-                self.trouble = Some(Said::no(Reason::CreatingPods, message));
+                self.in_the_way(Said::no(Reason::CreatingPods, message));
                 self.again = Some(LEAVING_AGAIN);
             }
             error @ (ApplyError::Neighbours { .. } | ApplyError::Api { .. }) => return Err(error),

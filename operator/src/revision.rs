@@ -18,7 +18,7 @@ use crate::plan::Update;
 use crate::spec::PlanPolicy;
 
 /// Says by which renderer a revision was made. Never compared: an old template is as good as a new one.
-pub const TEMPLATE_VERSION: u32 = 2;
+pub const TEMPLATE_VERSION: u32 = 3;
 /// Revisions kept beside the one that runs, so that going back needs no new plan.
 pub const HISTORY_MAX: usize = 5;
 /// Plans kept that wait for a person, so that a pin which was written a little late still names one.

@@ -101,7 +101,7 @@ pub fn compute(
     LLMDeploymentStatus {
         observed_generation: found.generation,
         conditions,
-        replicas: count(engines.current),
+        replicas: count(engines.current + engines.older),
         ready_replicas: count(engines.ready),
         selector: Some(format!("{}={}", names::NAME, found.name)),
         url: found.revision.map(|_| format!("http://{}.{}.svc", found.name, found.namespace)),

@@ -29,6 +29,13 @@ spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}
 ";
 
 #[test]
+fn the_node_comes_up_within_half_a_minute() {
+    let Some(node) = shared_node() else { return };
+    eprintln!("the node was Ready after {:.1} s", node.ready_after().as_secs_f64());
+    assert!(node.ready_after() < Duration::from_secs(30), "{:?}", node.ready_after());
+}
+
+#[test]
 fn a_pod_runs_logs_and_is_reached_by_its_service_and_its_name() {
     let Some(node) = shared_node() else { return };
     let kubectl = node.kubectl();

@@ -21,13 +21,14 @@ use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
-use plimsoll_crds::{Clients, LLMDeployment};
+use plimsoll_crds::{Clients, LLMDeployment, LLMDeploymentSpec};
 use serde_json::{Value, json};
 
 use self::monitoring::{PodMonitor, PrometheusRule, Promises};
 use crate::apply::Want;
 use crate::rollout::Rollout;
 use crate::spec::Spec;
+use crate::spec::preferences::Slo;
 
 /// The object whose children we render.
 #[derive(Clone, Debug)]
@@ -115,6 +116,21 @@ impl<'a> Surroundings<'a> {
             replicas,
             clients: spec.clients.unwrap_or(settings.clients),
             promises: Promises::of(spec.preferences.slo),
+            settings,
+        }
+    }
+
+    /// For what runs on under a spec that cannot work, from the fields that can.
+    pub fn held(
+        spec: &LLMDeploymentSpec,
+        replicas: u32,
+        settings: &'a Settings,
+    ) -> Surroundings<'a> {
+        let clients = spec.network.as_ref().and_then(|network| network.clients);
+        Surroundings {
+            replicas,
+            clients: clients.unwrap_or(settings.clients),
+            promises: Promises::of(Slo::of(spec)),
             settings,
         }
     }

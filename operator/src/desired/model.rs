@@ -139,7 +139,8 @@ fn hub_address(spec: &Spec, commit: Option<&str>) -> Option<String> {
     Some(format!("hf://{repo}@{}", commit.unwrap_or(revision)))
 }
 
-/// A container of the engine's image that ends by itself.
+/// A container of the engine's image that ends by itself. It has limits, without which a namespace with a quota on them
+/// lets no pod in; reading headers and streaming to a disk take far less memory.
 fn container(name: &str, arguments: Value, mut mounts: Vec<Value>, settings: &Settings) -> Value {
     mounts.push(json!({"name": "tmp", "mountPath": "/tmp"}));
     json!({
@@ -148,7 +149,10 @@ fn container(name: &str, arguments: Value, mut mounts: Vec<Value>, settings: &Se
         "command": ["plimsoll-engine"],
         "args": arguments,
         "volumeMounts": mounts,
-        "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}},
+        "resources": {
+            "requests": {"cpu": "100m", "memory": "128Mi"},
+            "limits": {"cpu": "2", "memory": "1Gi"},
+        },
         "securityContext": super::pod::container_security(),
         "terminationMessagePath": TERMINATION_MESSAGE_PATH,
     })

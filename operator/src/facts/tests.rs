@@ -121,6 +121,23 @@ fn a_job_goes_when_it_has_told_the_facts_was_outgrown_or_failed_and_is_due_again
 }
 
 #[test]
+fn a_job_that_is_let_no_pod_make_says_where_to_look_after_half_a_minute() {
+    let job: Option<Arc<Job>> = of(json!({
+        "metadata": {"name": "inspect-k", "creationTimestamp": "1970-01-01T00:00:10Z"}}));
+    let told = |seconds: i64| {
+        let now = Timestamp::from_second(seconds).unwrap();
+        match look(&seen(job.clone(), vec![]), false, now) {
+            Model::Looking { reason: Reason::Inspecting, message } => message,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(told(39), "the inspect Job has no pod yet");
+    assert!(told(40).contains("`kubectl describe job inspect-k`"), "{}", told(40));
+    let left = pod_patience_left(&job.clone().unwrap(), Timestamp::from_second(15).unwrap());
+    assert_eq!(left, Some(Duration::from_secs(25)));
+}
+
+#[test]
 fn a_job_that_waits_for_its_volumes_names_them_after_a_minute() {
     let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "lastTransitionTime": "1970-01-01T00:00:10Z"});
     let pod: Arc<Pod> = of(json!({

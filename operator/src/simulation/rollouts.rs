@@ -58,6 +58,60 @@ fn a_bad_revision_under_surge_stops_with_the_reason_and_old_pods_serve_until_the
 }
 
 #[test]
+fn under_a_spec_that_cannot_work_what_runs_is_kept_repaired_and_told() {
+    let world = declared(json!({"replicas": 2}));
+    let before = status(&world);
+    change(&world, json!({"model": {"source": "nowhere://"}, "replicas": 3}));
+    assert_eq!(said(&world, "Stalled").1, "InvalidSpec");
+    assert_eq!(said(&world, "Available").0, "True");
+    let kept = ["revision", "plan", "model", "url", "replicas", "readyReplicas"];
+    for field in kept {
+        assert_eq!(status(&world)[field], before[field], "{field}");
+    }
+    assert_silent(&world);
+    for (resource, name) in [("services", GOOD), ("deployments", GOOD)] {
+        world.delete(resource, name);
+        live(&world, settings(), async || rest(&world).await);
+        assert!(world.get(resource, name).is_some(), "{resource}");
+    }
+    assert_eq!(said(&world, "Stalled").1, "InvalidSpec");
+    change(&world, json!({"suspend": true}));
+    assert!(world.serving(GOOD).is_empty());
+    change(&world, json!({"suspend": false, "model": {"source": "pvc://models/tiny"}}));
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    assert_eq!(
+        status(&world)["revision"],
+        before["revision"],
+        "the revision of the spec that worked"
+    );
+    assert_eq!(world.serving(GOOD).len(), 3);
+    assert_silent(&world);
+}
+
+#[test]
+fn a_changed_spec_is_told_of_while_what_it_needs_cannot_be_written() {
+    let world = declared(json!({}));
+    let before = status(&world);
+    live(&world, settings(), async || {
+        rest(&world).await;
+        world.refuse(Some("controllerrevisions"));
+        world.merge("llmdeployments", GOOD, json!({"spec": {"contextTokens": 1024}}));
+        wait(&world, 60).await;
+        let object = world.get("llmdeployments", GOOD).unwrap();
+        assert_eq!(status(&world)["observedGeneration"], object["metadata"]["generation"]);
+        let (ready, reason, message) = said(&world, "Ready");
+        assert_eq!((ready.as_str(), reason.as_str()), ("False", "Accepted"), "{message}");
+        assert_eq!(said(&world, "Reconciling").0, "True");
+        assert_eq!(said(&world, "Available").0, "True");
+        assert_eq!(status(&world)["revision"], before["revision"]);
+        world.refuse(None);
+        wait(&world, 120).await;
+    });
+    assert_eq!(said(&world, "Ready").1, "Serving");
+    assert_ne!(status(&world)["revision"], before["revision"]);
+}
+
+#[test]
 fn a_revision_that_does_not_come_up_under_surge_stops_after_the_deadline() {
     let world = declared(json!({}));
     change(&world, fate("slow"));

@@ -40,6 +40,11 @@ pub struct Slo {
 }
 
 impl Slo {
+    /// Of a spec that may be wrong elsewhere; a bound that cannot be is none.
+    pub fn of(spec: &LLMDeploymentSpec) -> Slo {
+        Door::default().slo(spec.slo.as_ref())
+    }
+
     pub fn is_stated(&self) -> bool {
         self.ttft.is_some() || self.tpot.is_some()
     }

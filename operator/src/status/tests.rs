@@ -100,6 +100,17 @@ fn play(hash: &'static str, node: bool, ready: bool, ended: Option<&'static str>
 }
 
 #[test]
+fn replicas_are_the_pods_that_the_selector_finds_and_ready_ones_those_of_the_revision() {
+    let pods = [
+        play("old", true, true, None),
+        play("old", true, true, None),
+        play("new", true, true, None),
+    ];
+    let status = told(&revision(), 2, &pods);
+    assert_eq!((status.replicas, status.ready_replicas), (3, 1));
+}
+
+#[test]
 fn ready_says_the_first_thing_that_is_not_as_it_should_be() {
     let revision = revision();
     let cases: [(&str, Vec<Arc<Pod>>, &str, &str); 9] = [

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -36,12 +36,14 @@ pub struct Node {
     parts: Vec<Daemon>,
     plane: ControlPlane,
     containers: Containers,
+    ready_after: Duration,
     sandbox: Sandbox,
 }
 
 impl Node {
     /// Brings everything up and returns when the node is Ready and pods can be made.
     pub fn start(name: &str, life: Lifetime, images: &[Image]) -> Result<Node> {
+        let began = Instant::now();
         let tools = Tools::find()?;
         sandbox::destroy(name)?;
         sandbox::forget_logs(name);
@@ -69,11 +71,19 @@ impl Node {
         let parts = start_parts(&ground, &tools, &plane, &sandbox)?;
         let kubectl = control::kubectl(&tools, &plane.admin, sandbox.network_prefix());
         let name = name.to_string();
-        let mut node = Node { name, tools, kubectl, parts, plane, containers, sandbox };
+        let ready_after = Duration::ZERO;
+        let mut node =
+            Node { name, tools, kubectl, parts, plane, containers, ready_after, sandbox };
         node.write_wrappers()?;
         node.kubectl.apply(&dns_service())?;
         node.wait_until_ready()?;
+        node.ready_after = began.elapsed();
         Ok(node)
+    }
+
+    /// How long it took to come up, images and all.
+    pub fn ready_after(&self) -> Duration {
+        self.ready_after
     }
 
     /// The kubeconfig of an administrator; its server is reachable from inside only.
