@@ -1,4 +1,4 @@
-//! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job, facts), and
+//! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job and its NetworkPolicy, facts), and
 //! what is known by now. Never here: what the facts mean. The objects belong to all LLMDeployments of one source: the
 //! first creates them, the others join as owners, many in one write where they come at once, the last to leave takes them
 //! along.
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim};
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -15,7 +16,7 @@ use serde_json::Value;
 
 use crate::apply::{ApplyError, Owner, Want, Writer};
 use crate::desired::model::{self, Place};
-use crate::desired::{Identity, Settings, names};
+use crate::desired::{Identity, Settings, names, network_policy};
 use crate::facts::{self, Model, pod_patience_left};
 use crate::observe::{Cached, Caches};
 use crate::pods;
@@ -54,6 +55,7 @@ pub async fn step(
             if downloads {
                 share(writer, wanted, wanted.claim()).await?;
             }
+            share(writer, wanted, wanted.policy()).await?;
             share(writer, wanted, wanted.job()).await?;
         }
         Model::Looking { .. } if !outgrown => {
@@ -63,6 +65,7 @@ pub async fn step(
                 &names::model(wanted.key),
             )
             .await?;
+            share(writer, wanted, wanted.policy()).await?;
             join_present::<Job>(writer, wanted.identity, &names::inspect_job(wanted.key)).await?;
         }
         Model::Told(facts) => {
@@ -81,6 +84,11 @@ pub async fn step(
     if let Some(job) = &seen.job
         && facts::is_spent(&model, outgrown, retry_in(job, now).is_zero())
     {
+        let name = names::inspect_job(wanted.key);
+        if let Some(policy) = writer.caches.get::<NetworkPolicy>(&wanted.identity.namespace, &name)
+        {
+            writer.delete(policy.as_ref()).await?;
+        }
         writer.delete(job.as_ref()).await?;
     }
     Ok(model)
@@ -116,6 +124,7 @@ pub async fn belong(
     join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
     join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
     leave_kind::<Job>(writer, identity, key).await?;
+    leave_kind::<NetworkPolicy>(writer, identity, key).await?;
     leave_kind::<ConfigMap>(writer, identity, key).await?;
     if settled {
         leave_kind::<PersistentVolumeClaim>(writer, identity, key).await?;
@@ -199,6 +208,12 @@ impl Wanted<'_> {
     fn claim(&self) -> Want<PersistentVolumeClaim> {
         let namespace = &self.identity.namespace;
         model::claim(namespace, self.key, &self.owners(), &self.spec.storage)
+    }
+
+    fn policy(&self) -> Want<NetworkPolicy> {
+        let Wanted { identity, spec, key, settings, .. } = *self;
+        let owners = self.owners();
+        network_policy::of_inspect(&identity.namespace, key, &owners, &spec.source, settings)
     }
 
     fn job(&self) -> Want<Job> {

@@ -280,7 +280,7 @@ pub fn facts(
     }))
 }
 
-fn shared(namespace: &str, name: &str, key: &str, owners: &[Value]) -> Value {
+pub(super) fn shared(namespace: &str, name: &str, key: &str, owners: &[Value]) -> Value {
     json!({
         "name": name,
         "namespace": namespace,

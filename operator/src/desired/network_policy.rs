@@ -1,13 +1,14 @@
 //! In: whose it is, the pod template of its revision, whom the spec lets in, where models are downloaded from. Out: the
 //! NetworkPolicy of the engine's pods: requests come in on one port, names are asked for, and what a pod downloads itself
-//! may come; nothing else leaves. Policies add up: who needs more writes another one for the same pods.
+//! may come; nothing else leaves. And that of pods that look at a model, whom nobody asks anything. Policies add up: who needs more writes another one for the same pods.
 
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use plimsoll_crds::Clients;
 use serde_json::{Value, json};
 
-use super::{Identity, Settings, names};
+use super::{Identity, Settings, model, names};
 use crate::apply::Want;
+use crate::spec::Source;
 
 const PORT_DNS: u16 = 53;
 const PORT_HTTPS: u16 = 443;
@@ -33,14 +34,6 @@ pub fn network_policy(
             ]);
         }
     }
-    // Whoever answers for names may be a pod, or the node itself on an address that no selector meets.
-    let mut egress = vec![json!({"ports": [
-        {"port": PORT_DNS, "protocol": "UDP"}, {"port": PORT_DNS, "protocol": "TCP"},
-    ]})];
-    if downloads(pod_template) {
-        let port = settings.hub_endpoint.as_deref().map_or(PORT_HTTPS, port_of);
-        egress.push(json!({"ports": [{"port": port, "protocol": "TCP"}]}));
-    }
     Want::new(json!({
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
@@ -49,9 +42,41 @@ pub fn network_policy(
             "podSelector": {"matchLabels": names::selector(&identity.name)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [ingress],
-            "egress": egress,
+            "egress": egress(downloads(pod_template), settings),
         },
     }))
+}
+
+/// Of the pods of an inspect Job: nobody is let in.
+pub fn of_inspect(
+    namespace: &str,
+    key: &str,
+    owners: &[Value],
+    source: &Source,
+    settings: &Settings,
+) -> Want<NetworkPolicy> {
+    Want::new(json!({
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": model::shared(namespace, &names::inspect_job(key), key, owners),
+        "spec": {
+            "podSelector": {"matchLabels": names::model_labels(key)},
+            "policyTypes": ["Ingress", "Egress"],
+            "egress": egress(matches!(source, Source::Hub { .. }), settings),
+        },
+    }))
+}
+
+/// Where pods may go. Whoever answers for names may be a pod, or the node itself on an address that no selector meets.
+fn egress(downloads: bool, settings: &Settings) -> Vec<Value> {
+    let mut egress = vec![json!({"ports": [
+        {"port": PORT_DNS, "protocol": "UDP"}, {"port": PORT_DNS, "protocol": "TCP"},
+    ]})];
+    if downloads {
+        let port = settings.hub_endpoint.as_deref().map_or(PORT_HTTPS, port_of);
+        egress.push(json!({"ports": [{"port": port, "protocol": "TCP"}]}));
+    }
+    egress
 }
 
 /// The operator itself, which asks engines what they measure.
@@ -126,5 +151,14 @@ mod tests {
             let download = json!({"ports": [{"port": port, "protocol": "TCP"}]});
             assert_eq!(egress, json!([dns, download]), "{hub:?}");
         }
+        let inspect = |source: Source| {
+            let settings = super::super::tests::settings();
+            of_inspect("team", "k", &[], &source, &settings).body["spec"].clone()
+        };
+        let claim = inspect(Source::Claim { name: "models".into(), path: String::new() });
+        assert_eq!((&claim["ingress"], &claim["egress"]), (&Value::Null, &json!([dns])));
+        let hub = inspect(Source::Hub { repo: "org/model".into(), revision: "main".into() });
+        let download = json!({"ports": [{"port": 443, "protocol": "TCP"}]});
+        assert_eq!(hub["egress"], json!([dns, download]));
     }
 }
