@@ -152,7 +152,7 @@ mod tests {
             assert_eq!(egress, json!([dns, download]), "{hub:?}");
         }
         let inspect = |source: Source| {
-            let settings = super::super::tests::settings();
+            let settings = Settings { hub_endpoint: None, ..super::super::tests::settings() };
             of_inspect("team", "k", &[], &source, &settings).body["spec"].clone()
         };
         let claim = inspect(Source::Claim { name: "models".into(), path: String::new() });

@@ -100,17 +100,6 @@ fn play(hash: &'static str, node: bool, ready: bool, ended: Option<&'static str>
 }
 
 #[test]
-fn replicas_are_the_pods_that_the_selector_finds_and_ready_ones_those_of_the_revision() {
-    let pods = [
-        play("old", true, true, None),
-        play("old", true, true, None),
-        play("new", true, true, None),
-    ];
-    let status = told(&revision(), 2, &pods);
-    assert_eq!((status.replicas, status.ready_replicas), (3, 1));
-}
-
-#[test]
 fn ready_says_the_first_thing_that_is_not_as_it_should_be() {
     let revision = revision();
     let cases: [(&str, Vec<Arc<Pod>>, &str, &str); 9] = [
@@ -221,12 +210,12 @@ fn what_was_measured_stands_as_long_as_its_revision() {
 }
 
 #[test]
-fn available_counts_pods_of_every_revision_and_replicas_only_the_current_one() {
+fn pods_of_every_revision_count_as_available_and_as_replicas_and_only_current_ones_as_ready() {
     let revision = revision();
     let status =
         told(&revision, 1, &[play("old", true, true, None), play("new", true, false, None)]);
     assert_eq!(held(&status, "Available"), Some(("True", "Serving")));
-    assert_eq!((status.replicas, status.ready_replicas), (1, 0));
+    assert_eq!((status.replicas, status.ready_replicas), (2, 0));
 }
 
 #[test]
