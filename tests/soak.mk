@@ -18,7 +18,7 @@ soak-rollouts: setup ## 100 surge updates and 100 deleted pods under load, 10 ki
 	PLIMSOLL_SOAK_ROLLOUTS=100 PLIMSOLL_SOAK_RESULTS=$(abspath $(SOAK_RESULTS)) PLIMSOLL_REQUIRE_CLUSTER=1 \
 		$(CARGO) test $(RELEASE) --test rollouts -- --nocapture
 
-# A checkout of sigs.k8s.io/lws at v0.10.0, to be measured in the same run; none: Plimsoll alone.
+# A checkout of sigs.k8s.io/lws at v0.9.0, to be measured in the same run; none: Plimsoll alone.
 LWS ?=
 
 .PHONY: soak-fleet

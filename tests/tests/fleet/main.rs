@@ -22,13 +22,7 @@ use story::Size;
 const SHORT: Size = Size { objects: 40, rest_seconds: 5, trickled: 10, nodes: 5, namespaces: 2 };
 
 fn long(objects: usize) -> Size {
-    Size {
-        objects,
-        rest_seconds: std::env::var("FLEET_REST").map_or(300, |s| s.parse().unwrap()),
-        trickled: 300,
-        nodes: 50,
-        namespaces: 10,
-    }
+    Size { objects, rest_seconds: 300, trickled: 300, nodes: 50, namespaces: 10 }
 }
 
 #[test]

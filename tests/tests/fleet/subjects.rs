@@ -106,12 +106,8 @@ pub const LEADER_WORKER_SET: Subject = Subject {
             "workerTemplate": {"spec": {"containers": [container]}}}})
     },
     prepare: |fleet| {
-        for file in ["leaderworkersets", "disaggregatedsets", "disaggregatedsetrolescalers"] {
-            let group =
-                if file == "leaderworkersets" { "leaderworkerset" } else { "disaggregatedset" };
-            let path = lws_folder()?.join(format!("config/crd/bases/{group}.x-k8s.io_{file}.yaml"));
-            let crd =
-                std::fs::read_to_string(&path).with_context(|| format!("{}", path.display()))?;
+        for file in std::fs::read_dir(lws_folder()?.join("config/crd/bases"))? {
+            let crd = std::fs::read_to_string(file?.path())?;
             // Too large for the annotation that client-side apply keeps.
             fleet.kubectl().run_with_input(&["apply", "--server-side", "-f", "-"], &crd)?;
         }
