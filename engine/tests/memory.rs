@@ -3,10 +3,12 @@
 // A panic is how a test fails.
 #![allow(clippy::unwrap_used)]
 
+mod process;
+
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use plimsoll_contract::abilities::Dtype::F32;
@@ -17,97 +19,9 @@ use plimsoll_engine::model::Checkpoint;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
+use crate::process::{Group, Process, bundled};
+
 const MIB: u64 = 1 << 20;
-
-/// `serve` as a process of its own; ended when dropped.
-struct Process {
-    child: Child,
-    address: String,
-}
-
-impl Process {
-    fn serve(model: &Path, flags: &[&str], group: Option<&Group>) -> Process {
-        let engine = env!("CARGO_BIN_EXE_plimsoll-engine");
-        let mut command = match group {
-            None => Command::new(engine),
-            Some(Group(dir)) => {
-                let mut shell = Command::new("sh");
-                shell
-                    .args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
-                    .arg(dir)
-                    .arg(engine);
-                shell
-            }
-        };
-        let mut child = command
-            .args(["serve", "--device=cpu", "--listen=127.0.0.1:0", "--log-format=json", "--model"])
-            .arg(model)
-            .args(flags)
-            .stderr(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut told = String::new();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            told += &line;
-            let line: serde_json::Value = serde_json::from_str(&line).ok()?;
-            (line["message"] == "ready").then(|| line["address"].as_str().unwrap().to_owned())
-        });
-        let address = address.unwrap_or_else(|| panic!("not ready: {told}"));
-        // The pipe stays open, and what comes later is not read: it is little.
-        std::mem::forget(lines);
-        Process { child, address }
-    }
-
-    /// `VmRSS`, `VmHWM`, `RssAnon`.
-    fn memory(&self, name: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line =
-            status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
-        line.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() * 1024
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-/// A group of processes with a limit of memory; gone when dropped.
-struct Group(PathBuf);
-
-impl Group {
-    /// None without the right to make one.
-    fn new(bytes: u64) -> Option<Group> {
-        let kinds =
-            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
-        kinds.iter().find_map(|(base, limit)| {
-            let group =
-                Group(Path::new(base).join(format!("plimsoll-{}-{bytes}", std::process::id())));
-            std::fs::create_dir(&group.0).ok()?;
-            // Where no such file appears by itself it is no group.
-            let mut limit =
-                std::fs::OpenOptions::new().write(true).open(group.0.join(limit)).ok()?;
-            write!(limit, "{bytes}").ok()?;
-            Some(group)
-        })
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(&self.0);
-    }
-}
-
-fn bundled() -> PathBuf {
-    let named = std::env::var_os("PLIMSOLL_TESTS").map(PathBuf::from);
-    named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests")).join("model")
-}
 
 /// The first line of an answer.
 fn status(socket: &mut TcpStream) -> String {
@@ -264,9 +178,6 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
         let flags = ["--kv-tokens=64", "--running-max=1", "--step-tokens-max=64", &available];
         // With less than it says it needs, the kernel would end it.
         let group = Group::new(plan.total());
-        if group.is_none() {
-            println!("no right to make a control group: measured only");
-        }
         let process = Process::serve(&dir, &flags, group.as_ref());
         let files = process.memory("RssFile");
         let peak = process.memory("VmHWM") - files;

@@ -2,11 +2,10 @@
 //! the HTTP side here and nowhere else.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::admission::ModelLimits;
 use crate::batch::TokenId;
@@ -22,6 +21,9 @@ use crate::step::{EngineHandle, PulseLimits};
 use crate::tokenizer::Tokenizer;
 
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+/// A body that is half here when nothing more is accepted comes within this or not at all: the time that is left belongs
+/// to requests that run.
+const LATE_BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// Texts have 3 to 6 bytes a token; more than this, on average, is no text of a person or a program.
 const TOKEN_BYTES_MAX: u64 = 16;
 /// A text of this size is tokenized in any case.
@@ -95,11 +97,23 @@ impl Chance {
     }
 }
 
+/// Where a process is between its start and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Life {
+    Serving,
+    /// Requests are still taken, and their clients told to go elsewhere.
+    Draining,
+    /// No more is accepted.
+    Closing,
+}
+
 pub struct App {
     pub name: String,
     pub keys: Option<ApiKeys>,
     /// Time for a request's body to arrive.
     pub body_time_max: Duration,
+    /// Time for it once no more is accepted.
+    pub late_body_time_max: Duration,
     /// What all bodies may hold together.
     pub bodies: BodyBudget,
     /// What all answers with log-probabilities may hold together.
@@ -109,7 +123,7 @@ pub struct App {
     created: u64,
     served: OnceLock<Arc<Served>>,
     progress: Mutex<String>,
-    draining: AtomicBool,
+    life: watch::Sender<Life>,
     preparing: Arc<Semaphore>,
 }
 
@@ -120,13 +134,14 @@ impl App {
             name,
             keys,
             body_time_max: BODY_TIME_MAX,
+            late_body_time_max: LATE_BODY_TIME_MAX,
             bodies: BodyBudget::default(),
             reports: ReportBudget::default(),
             pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),
             progress: Mutex::new("starting".to_owned()),
-            draining: AtomicBool::new(false),
+            life: watch::Sender::new(Life::Serving),
             preparing: Arc::new(Semaphore::new(cores)),
         }
     }
@@ -152,11 +167,22 @@ impl App {
     }
 
     pub fn draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        *self.life.borrow() >= Life::Draining
     }
 
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.life.send_replace(Life::Draining);
+    }
+
+    /// Nothing more is accepted from now on.
+    pub fn close(&self) {
+        self.life.send_replace(Life::Closing);
+    }
+
+    /// Returns once nothing more is accepted.
+    pub async fn closing(&self) {
+        let mut life = self.life.subscribe();
+        life.wait_for(|life| *life == Life::Closing).await.expect("its sender is our own");
     }
 
     /// A core's worth of preparing prompts.
