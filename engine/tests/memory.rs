@@ -97,7 +97,7 @@ fn a_body_of_many_short_values_is_parsed_within_its_share_or_refused() {
 }
 
 /// A checkpoint of one tiny layer whose tokenizer is as large as those of large models.
-fn with_tokenizer(tokens: usize, merges: usize, pairs: bool) -> PathBuf {
+fn with_tokenizer(tokens: usize, merges: usize, pairs: bool, context_tokens: u32) -> PathBuf {
     let name = format!("plimsoll-tokenizer-{}-{tokens}-{merges}-{pairs}", std::process::id());
     let dir = std::env::temp_dir().join(name);
     std::fs::create_dir_all(&dir).unwrap();
@@ -107,7 +107,7 @@ fn with_tokenizer(tokens: usize, merges: usize, pairs: bool) -> PathBuf {
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 128,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-        "vocab_size": tokens, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "vocab_size": tokens, "max_position_embeddings": context_tokens, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": true, "hidden_act": "silu",
     });
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
@@ -171,7 +171,7 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
     let limits = StepLimits { step_tokens_max: 64, running_max: 1 };
     let ability = Ability::plain(Backend::Cpu, F32);
     for (merges, pairs) in [(142_000, false), (280_147, false), (280_147, true)] {
-        let dir = with_tokenizer(128_256, merges, pairs);
+        let dir = with_tokenizer(128_256, merges, pairs, 512);
         let facts = Checkpoint::open(&dir).unwrap().facts().clone();
         let plan = memory::plan(&facts, ability, limits, 64);
         let available = format!("--memory-bytes={}", plan.total());
@@ -194,6 +194,60 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
         drop(process);
         std::fs::remove_dir_all(&dir).unwrap();
     }
+}
+
+/// A request over a connection of its own, and all of the answer.
+fn post(address: &str, path: &str, body: &str) -> String {
+    let mut socket = TcpStream::connect(address).unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all((head + body).as_bytes()).unwrap();
+    std::io::read_to_string(socket).unwrap()
+}
+
+/// Words of which none is like another.
+fn distinct_words(from: usize, bytes: usize) -> String {
+    let letters =
+        |number: usize| (0..10).map(move |at| char::from(b"abcd"[number >> (2 * at) & 3]));
+    let word = |number| letters(number).cycle().take(200).chain([' ']);
+    (from..from + bytes / 201).flat_map(word).collect()
+}
+
+/// Words, what falls into a token for each byte, and what is one word: to the last byte that is looked at.
+#[test]
+fn texts_as_long_as_a_context_of_128k_takes_are_tokenized_within_the_process_share_of_the_plan() {
+    const CONTEXT: u32 = 128 << 10;
+    let dir = with_tokenizer(2048, 1024, false, CONTEXT);
+    let limits = StepLimits { step_tokens_max: 64, running_max: 1 };
+    let facts = Checkpoint::open(&dir).unwrap().facts().clone();
+    let plan = memory::plan(&facts, Ability::plain(Backend::Cpu, F32), limits, CONTEXT.into());
+    let flags = ["--kv-tokens=131072", "--running-max=1", "--step-tokens-max=64"];
+    let process = Process::serve(&dir, &flags, None);
+    let address = &process.address;
+    let before = process.memory("VmHWM");
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            scope.spawn(move || {
+                let words = ["a cabbage, bad. ", "1a", "''", "dab\n", "abcd"];
+                let all = (0..words.len()).map(|i| words[(i + client) % words.len()]);
+                let bytes = 16 * CONTEXT as usize;
+                let repeated = all.map(|word| word.repeat(bytes / word.len()));
+                for prompt in repeated.chain([distinct_words(client * 20_000, bytes)]) {
+                    let answer = post(address, "/tokenize", &json!({"prompt": prompt}).to_string());
+                    let status = answer.lines().next().unwrap();
+                    let refused = ["word_too_long", "context_length_exceeded"];
+                    let known = refused.iter().any(|code| answer.contains(code));
+                    assert!(status.contains("200") || known, "{}: {answer}", &prompt[..20]);
+                }
+            });
+        }
+    });
+    let peak = process.memory("VmHWM") - process.memory("RssFile");
+    println!("{before} before, {peak} at most, {} + {} planned", plan.weights, plan.process);
+    assert!(peak <= plan.weights + plan.process, "{peak} of {plan:?}");
+    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// How `serve` ended with at most `kib` of address space, and what it left as its termination message.

@@ -18,7 +18,7 @@ use crate::http::openai::Model;
 use crate::http::reported::ReportBudget;
 use crate::metrics::Metrics;
 use crate::step::{EngineHandle, PulseLimits};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{EncodeError, Tokenizer};
 
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
 /// A body that is half here when nothing more is accepted comes within this or not at all: the time that is left belongs
@@ -47,8 +47,8 @@ impl Served {
         Err(ApiError::model_not_found(asked, &self.name))
     }
 
-    /// Refuses a text that is too long for the model by far: tokenizing megabytes takes seconds, and some two hundred
-    /// times their size in memory. `param` is where the text came from.
+    /// Refuses a text that is too long for the model by far: tokenizing megabytes takes seconds. `param` is where the text
+    /// came from.
     pub fn check_text(&self, text: &str, param: &str) -> Result<(), ApiError> {
         let (limit, limit_name) = self.limits.sequence_tokens_max();
         let (bytes, bytes_max) =
@@ -70,16 +70,32 @@ impl Served {
         add_special_tokens: bool,
         param: &str,
     ) -> Result<Vec<TokenId>, ApiError> {
-        self.check_text(text, param)?;
-        let tokens = self
-            .tokenizer
-            .encode(text, add_special_tokens)
-            .map_err(|e| ApiError::parameter(param, e.to_string()).code("tokenizer_error"))?;
+        let tokens = self.tokens(text, add_special_tokens, param)?;
         if tokens.is_empty() {
             let empty = format!("`{param}` is empty: the model needs at least one token");
             return Err(ApiError::parameter(param, empty).code("invalid_value"));
         }
         Ok(tokens)
+    }
+
+    /// Like [`Served::encode`], but a text may be empty.
+    pub fn tokens(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        param: &str,
+    ) -> Result<Vec<TokenId>, ApiError> {
+        self.check_text(text, param)?;
+        let tokens_max = TEXT_BYTES_MIN.max(self.limits.sequence_tokens_max().0);
+        let tokens_max = usize::try_from(tokens_max).unwrap_or(usize::MAX);
+        self.tokenizer.encode(text, add_special_tokens, tokens_max).map_err(|error| {
+            let code = match error {
+                EncodeError::Stretch => "word_too_long",
+                EncodeError::TooManyTokens(_) => "context_length_exceeded",
+                EncodeError::Failed(_) => "tokenizer_error",
+            };
+            ApiError::parameter(param, error.to_string()).code(code)
+        })
     }
 }
 

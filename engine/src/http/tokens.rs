@@ -49,11 +49,7 @@ pub fn tokens_of(body: &[u8], served: &Served, now_unix_seconds: i64) -> Result<
         }
     };
     body.finish()?;
-    served.check_text(&text, param)?;
-    let tokens = served
-        .tokenizer
-        .encode(&text, special)
-        .map_err(|e| ApiError::invalid(e.to_string()).code("tokenizer_error"))?;
+    let tokens = served.tokens(&text, special, param)?;
     let strings: Option<Vec<String>> =
         with_strings.then(|| tokens.iter().map(|&id| token_text(&served.tokenizer, id)).collect());
     Ok(json!({
