@@ -6,9 +6,10 @@
 mod process;
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use plimsoll_contract::abilities::Dtype::F32;
@@ -16,8 +17,12 @@ use plimsoll_contract::abilities::{Ability, Backend};
 use plimsoll_contract::exit::{ExitReason, ExitReport};
 use plimsoll_contract::memory::{self, BODIES_BYTES_MAX, StepLimits};
 use plimsoll_engine::model::Checkpoint;
+use plimsoll_engine::serve::allow_many_connections;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpSocket, TcpStream as TokioStream};
+use tokio::task::JoinSet;
 
 use crate::process::{Group, Process, bundled};
 
@@ -248,6 +253,95 @@ fn texts_as_long_as_a_context_of_128k_takes_are_tokenized_within_the_process_sha
     println!("{before} before, {peak} at most, {} + {} planned", plan.weights, plan.process);
     assert!(peak <= plan.weights + plan.process, "{peak} of {plan:?}");
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What a greedy client sends, and how many of its kind there are.
+struct Greed {
+    clients: usize,
+    request: Vec<u8>,
+}
+
+fn whole(path: &str, body: &str) -> Vec<u8> {
+    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    (head + body).into_bytes()
+}
+
+/// The largest heads, bodies, parsed bodies, errors, answers and streams that the engine takes or gives.
+fn greed() -> Vec<Greed> {
+    const BODY: usize = 8 << 20;
+    let completion = |wish: Value| {
+        let mut body = json!({"model": "model", "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(wish.as_object().unwrap().clone());
+        whole("/v1/completions", &body.to_string())
+    };
+    let long = "a".repeat(BODY - 100);
+    let unfinished = |mut request: Vec<u8>| {
+        request.pop();
+        request
+    };
+    let head = format!("GET /health HTTP/1.1\r\nhost: x\r\nx: {}", "a".repeat((16 << 10) - 100));
+    let lines = "\n".repeat(BODY / 2 - 100);
+    let tokens = vec![40; 2000];
+    let strings = json!({"prompt": "1a".repeat(32 << 10), "return_token_strs": true});
+    let chat = json!({"model": "model", "messages": [{"role": "user", "content": lines}]});
+    let echo = json!({"prompt": tokens, "n": 128, "echo": true, "max_tokens": 0});
+    let reports = json!({"prompt": tokens, "n": 6, "echo": true, "max_tokens": 1, "logprobs": 20});
+    let stream =
+        json!({"prompt": "a", "n": 32, "max_tokens": 2000, "stream": true, "logprobs": 20});
+    let kind = |clients, request| Greed { clients, request };
+    vec![
+        // Heads and bodies without an end.
+        kind(3300, head.into_bytes()),
+        kind(100, unfinished(completion(json!({"prompt": long})))),
+        // Bodies of one text, of short values, and with a name that is not known.
+        kind(16, completion(json!({"prompt": lines}))),
+        kind(16, whole("/v1/chat/completions", &chat.to_string())),
+        kind(16, completion(json!({"prompt": vec![1; 300_000]}))),
+        kind(16, whole("/v1/completions", &json!({"model": long}).to_string())),
+        // Tokens with their strings, prompts given back, log-probabilities, streams.
+        kind(300, whole("/tokenize", &strings.to_string())),
+        kind(200, completion(echo)),
+        kind(16, completion(reports)),
+        kind(32, completion(stream)),
+    ]
+}
+
+/// Sends what it can within its time and reads nothing. What is refused is cut in the middle.
+async fn unread(address: SocketAddr, request: Arc<Vec<u8>>) -> TokioStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let _ = tokio::time::timeout(Duration::from_secs(10), stream.write_all(&request)).await;
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_of_the_greediest_clients_ends_no_engine_and_stays_within_the_plan() {
+    allow_many_connections();
+    let limits = StepLimits { step_tokens_max: 512, running_max: 32 };
+    let facts = Checkpoint::open(&bundled()).unwrap().facts().clone();
+    let plan = memory::plan(&facts, Ability::plain(Backend::Cpu, F32), limits, 4096);
+    let Some(group) = Group::new(plan.total()) else { return };
+    let available = format!("--memory-bytes={}", plan.total());
+    let process = Process::serve(&bundled(), &["--kv-tokens=4096", &available], Some(&group));
+    let address = process.address.parse().unwrap();
+    let anonymous = || process.memory("VmHWM") - process.memory("RssFile");
+    println!("{} at rest, {} planned: {plan:?}", anonymous(), plan.total());
+    let mut crowd = JoinSet::new();
+    for Greed { clients, request } in greed() {
+        let request = Arc::new(request);
+        for _ in 0..clients {
+            crowd.spawn(unread(address, request.clone()));
+        }
+    }
+    let sockets = crowd.join_all().await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    println!("{} at most with {} clients", anonymous(), sockets.len());
+    assert!(anonymous() <= plan.total(), "{} of {plan:?}", anonymous());
+    drop(sockets);
+    let small = json!({"model": "model", "prompt": "x", "max_tokens": 1}).to_string();
+    let answer = post(&process.address, "/v1/completions", &small);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 /// How `serve` ended with at most `kib` of address space, and what it left as its termination message.

@@ -11,8 +11,9 @@ use crate::admission::ModelLimits;
 use crate::batch::TokenId;
 use crate::chat_template::ChatTemplate;
 use crate::http::Identity;
+use crate::http::answers::AnswerBudget;
 use crate::http::auth::ApiKeys;
-use crate::http::body::BodyBudget;
+use crate::http::body::{BODY_BYTES_MAX, BodyBudget};
 use crate::http::errors::ApiError;
 use crate::http::openai::Model;
 use crate::http::reported::ReportBudget;
@@ -28,6 +29,10 @@ const LATE_BODY_TIME_MAX: Duration = Duration::from_secs(5);
 const TOKEN_BYTES_MAX: u64 = 16;
 /// A text of this size is tokenized in any case.
 const TEXT_BYTES_MIN: u64 = 64 << 10;
+/// Bodies that are made ready at once where there are as many cores: more than any device takes in.
+const PREPARING_MAX: usize = 8;
+/// Bytes of them together: parsed, written by a template and tokenized, each holds some times its size.
+const PREPARING_BYTES_MAX: usize = BODY_BYTES_MAX;
 
 /// A loaded model and the engine that runs it.
 pub struct Served {
@@ -134,6 +139,8 @@ pub struct App {
     pub bodies: BodyBudget,
     /// What all answers with log-probabilities may hold together.
     pub reports: ReportBudget,
+    /// What all other answers may that leave as a whole.
+    pub answers: AnswerBudget,
     /// When a step has taken too long.
     pub pulse_limits: PulseLimits,
     created: u64,
@@ -141,6 +148,8 @@ pub struct App {
     progress: Mutex<String>,
     life: watch::Sender<Life>,
     preparing: Arc<Semaphore>,
+    /// What each takes of it at least.
+    preparing_bytes_min: usize,
 }
 
 impl App {
@@ -153,12 +162,14 @@ impl App {
             late_body_time_max: LATE_BODY_TIME_MAX,
             bodies: BodyBudget::default(),
             reports: ReportBudget::default(),
+            answers: AnswerBudget::default(),
             pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),
             progress: Mutex::new("starting".to_owned()),
             life: watch::Sender::new(Life::Serving),
-            preparing: Arc::new(Semaphore::new(cores)),
+            preparing: Arc::new(Semaphore::new(PREPARING_BYTES_MAX)),
+            preparing_bytes_min: PREPARING_BYTES_MAX / cores.min(PREPARING_MAX),
         }
     }
 
@@ -201,9 +212,12 @@ impl App {
         life.wait_for(|life| *life == Life::Closing).await.expect("its sender is our own");
     }
 
-    /// A core's worth of preparing prompts.
-    pub async fn preparing(&self) -> OwnedSemaphorePermit {
-        self.preparing.clone().acquire_owned().await.expect("the semaphore is never closed")
+    /// The right to make a body of so many bytes ready; first come, first served.
+    pub async fn preparing(&self, body_bytes: usize) -> OwnedSemaphorePermit {
+        let bytes = body_bytes.clamp(self.preparing_bytes_min, PREPARING_BYTES_MAX);
+        let bytes = u32::try_from(bytes).expect("some MiB");
+        let permit = self.preparing.clone().acquire_many_owned(bytes).await;
+        permit.expect("the semaphore is never closed")
     }
 
     pub fn identity(&self, prefix: &str) -> Identity {
