@@ -139,6 +139,13 @@ pub struct TokenLogprob {
     pub top: Vec<(TokenId, f32)>,
 }
 
+impl TokenLogprob {
+    /// What it holds in memory, alternatives included.
+    pub fn bytes(&self) -> usize {
+        size_of::<TokenLogprob>() + self.top.capacity() * size_of::<(TokenId, f32)>()
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct SampledToken {
     pub token: TokenId,

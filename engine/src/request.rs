@@ -68,6 +68,18 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// What it holds in memory.
+    pub fn bytes(&self) -> usize {
+        let reports: &[TokenLogprob] = match self {
+            Event::Prompt { logprobs, .. } => logprobs,
+            Event::Token { logprob, .. } => logprob.as_slice(),
+            Event::Finished { .. } | Event::Failed { .. } => &[],
+        };
+        size_of::<Event>() + reports.iter().map(TokenLogprob::bytes).sum::<usize>()
+    }
+}
+
 /// Why a request is not taken. Both are final answers given before any work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {

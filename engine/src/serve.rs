@@ -112,6 +112,7 @@ impl Server {
     pub async fn drain(self, grace: Duration, timeout: Duration) {
         self.app.drain();
         tokio::time::sleep(grace).await;
+        self.app.close();
         self.closing.send_replace(true);
         let served: Option<Arc<Served>> = self.app.served();
         let finished = async {

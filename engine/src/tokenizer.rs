@@ -1,14 +1,18 @@
 //! Between text and token ids. Enters: a checkpoint's tokenizer.json. Leaves: ids of a text, and for each id the bytes
 //! it adds to a text, exact also where a character is spread over tokens. Loading and long texts take milliseconds to
-//! seconds: callers on the runtime use a blocking thread.
+//! seconds: callers on the runtime use a blocking thread. The memory of tokenizing is bounded, however long a text is.
+
+mod pieces;
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
 use crate::batch::TokenId;
 use crate::model::{TOKENIZER_FILE, files};
+use crate::tokenizer::pieces::{Cuts, PIECE_BYTES, STRETCH_BYTES_MAX};
 
 /// Ten times as long as the longest known.
 const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -24,8 +28,21 @@ pub enum TokenizerError {
     /// A decoder the engine has no byte table for.
     #[error("{} uses the decoder {kind}; supported are ByteLevel, ByteFallback and Metaspace", path.display())]
     UnsupportedDecoder { path: PathBuf, kind: String },
+}
+
+/// Why a text has no tokens.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
     #[error("the text cannot be tokenized: {0}")]
-    Encode(String),
+    Failed(String),
+    /// It would take too much memory.
+    #[error(
+        "the text holds {STRETCH_BYTES_MAX} bytes in which no word ends; put spaces between them or send tokens"
+    )]
+    Stretch,
+    /// The caller wants no more.
+    #[error("the text has more than {0} tokens")]
+    TooManyTokens(usize),
 }
 
 /// How token strings stand for bytes.
@@ -41,6 +58,13 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     table: ByteTable,
     special: BTreeSet<TokenId>,
+    /// Around a whole text, as the checkpoint defines: BOS and the like.
+    before: Vec<TokenId>,
+    after: Vec<TokenId>,
+    /// None: texts are tokenized whole.
+    cuts: Option<Cuts>,
+    /// Pieces of more than [`PIECE_BYTES`] take turns: each byte of them takes some hundreds for a moment.
+    long_piece: Mutex<()>,
 }
 
 impl Tokenizer {
@@ -68,6 +92,10 @@ impl Tokenizer {
         };
         inner.with_truncation(None).map_err(malformed)?;
         inner.with_padding(None);
+        // Every thread would keep 10,000 words of its own, of up to 8 KiB each, and gains nothing by it (docs/perf.md).
+        let mut model = inner.get_model().clone();
+        model.resize_cache(0);
+        inner.with_model(model);
         let decoder = serde_json::to_value(inner.get_decoder()).unwrap_or(Value::Null);
         let alphabet = alphabet(&decoder).ok_or_else(|| TokenizerError::UnsupportedDecoder {
             path: path.to_owned(),
@@ -80,19 +108,48 @@ impl Tokenizer {
             .map(|(&id, _)| id)
             .collect();
         let table = byte_table(&inner, alphabet);
-        Ok(Tokenizer { inner, table, special })
+        let ids = 0..table.starts.len() as TokenId - 1;
+        let cuts = Cuts::of(&inner, ids.map(|id| table.bytes(id)));
+        let (before, after) = around(&inner).map_err(malformed)?;
+        Ok(Tokenizer { inner, table, special, before, after, cuts, long_piece: Mutex::new(()) })
     }
 
-    /// `add_special_tokens`: put BOS and the like around the text, as the checkpoint defines.
+    /// `add_special_tokens`: put BOS and the like around the text, as the checkpoint defines. Ends at `tokens_max`.
     pub fn encode(
         &self,
         text: &str,
         add_special_tokens: bool,
-    ) -> Result<Vec<TokenId>, TokenizerError> {
-        self.inner
-            .encode_fast(text, add_special_tokens)
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| TokenizerError::Encode(e.to_string()))
+        tokens_max: usize,
+    ) -> Result<Vec<TokenId>, EncodeError> {
+        let (before, after) = if add_special_tokens {
+            (&self.before[..], &self.after[..])
+        } else {
+            (&[][..], &[][..])
+        };
+        let mut ids = before.to_vec();
+        let mut rest = text;
+        while !rest.is_empty() {
+            let (piece, behind) = match &self.cuts {
+                None => (rest, ""),
+                Some(cuts) => cuts.cut(rest, PIECE_BYTES).ok_or(EncodeError::Stretch)?,
+            };
+            self.encode_piece(piece, &mut ids)?;
+            if ids.len() + after.len() > tokens_max {
+                return Err(EncodeError::TooManyTokens(tokens_max));
+            }
+            rest = behind;
+        }
+        ids.extend(after);
+        Ok(ids)
+    }
+
+    fn encode_piece(&self, piece: &str, ids: &mut Vec<TokenId>) -> Result<(), EncodeError> {
+        let _turn = (piece.len() > PIECE_BYTES)
+            .then(|| self.long_piece.lock().unwrap_or_else(PoisonError::into_inner));
+        let encoding =
+            self.inner.encode_fast(piece, false).map_err(|e| EncodeError::Failed(e.to_string()))?;
+        ids.extend(encoding.get_ids());
+        Ok(())
     }
 
     /// The bytes a token adds to a text; those of a special token are its name. Empty for an id without a token.
@@ -122,6 +179,19 @@ impl Tokenizer {
     pub fn ids(&self) -> usize {
         self.table.starts.len() - 1
     }
+}
+
+/// The tokens that the checkpoint puts before and behind a text.
+fn around(inner: &tokenizers::Tokenizer) -> tokenizers::Result<(Vec<TokenId>, Vec<TokenId>)> {
+    let text = "a";
+    let bare = inner.encode_fast(text, false)?;
+    let full = inner.encode_fast(text, true)?;
+    let (bare, full) = (bare.get_ids(), full.get_ids());
+    let at = full
+        .windows(bare.len().max(1))
+        .position(|window| window == bare)
+        .ok_or("its post-processor does more than put tokens around a text")?;
+    Ok((full[..at].to_vec(), full[at + bare.len()..].to_vec()))
 }
 
 /// Bytes of all tokens in one run, entry `i` between `starts[i]` and `starts[i + 1]`.
@@ -245,7 +315,7 @@ mod tests {
     fn byte_level_tokens_give_back_the_text_that_made_them() {
         let tokenizer = load(&byte_level()).unwrap();
         let text = "Grüße, 世界 🌍\n\tok\u{7f}\u{ad}";
-        let ids = tokenizer.encode(text, false).unwrap();
+        let ids = tokenizer.encode(text, false, usize::MAX).unwrap();
         assert_eq!(ids.len(), text.len());
         assert_eq!(tokenizer.text(&ids, false), text);
     }
@@ -253,7 +323,7 @@ mod tests {
     #[test]
     fn a_special_token_is_its_name_but_no_visible_text() {
         let tokenizer = load(&byte_level()).unwrap();
-        let ids = tokenizer.encode("a<|end|>", false).unwrap();
+        let ids = tokenizer.encode("a<|end|>", false, usize::MAX).unwrap();
         assert_eq!(ids[1], 256);
         assert_eq!(tokenizer.text(&ids, true), "a<|end|>");
         assert_eq!(tokenizer.text(&ids, false), "a");

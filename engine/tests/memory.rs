@@ -3,10 +3,13 @@
 // A panic is how a test fails.
 #![allow(clippy::unwrap_used)]
 
+mod process;
+
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use plimsoll_contract::abilities::Dtype::F32;
@@ -14,100 +17,16 @@ use plimsoll_contract::abilities::{Ability, Backend};
 use plimsoll_contract::exit::{ExitReason, ExitReport};
 use plimsoll_contract::memory::{self, BODIES_BYTES_MAX, StepLimits};
 use plimsoll_engine::model::Checkpoint;
+use plimsoll_engine::serve::allow_many_connections;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::{TcpSocket, TcpStream as TokioStream};
+use tokio::task::JoinSet;
+
+use crate::process::{Group, Process, bundled};
 
 const MIB: u64 = 1 << 20;
-
-/// `serve` as a process of its own; ended when dropped.
-struct Process {
-    child: Child,
-    address: String,
-}
-
-impl Process {
-    fn serve(model: &Path, flags: &[&str], group: Option<&Group>) -> Process {
-        let engine = env!("CARGO_BIN_EXE_plimsoll-engine");
-        let mut command = match group {
-            None => Command::new(engine),
-            Some(Group(dir)) => {
-                let mut shell = Command::new("sh");
-                shell
-                    .args(["-c", r#"echo $$ > "$0/cgroup.procs" && exec "$@""#])
-                    .arg(dir)
-                    .arg(engine);
-                shell
-            }
-        };
-        let mut child = command
-            .args(["serve", "--device=cpu", "--listen=127.0.0.1:0", "--log-format=json", "--model"])
-            .arg(model)
-            .args(flags)
-            .stderr(Stdio::piped())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut told = String::new();
-        let address = lines.find_map(|line| {
-            let line = line.unwrap();
-            told += &line;
-            let line: serde_json::Value = serde_json::from_str(&line).ok()?;
-            (line["message"] == "ready").then(|| line["address"].as_str().unwrap().to_owned())
-        });
-        let address = address.unwrap_or_else(|| panic!("not ready: {told}"));
-        // The pipe stays open, and what comes later is not read: it is little.
-        std::mem::forget(lines);
-        Process { child, address }
-    }
-
-    /// `VmRSS`, `VmHWM`, `RssAnon`.
-    fn memory(&self, name: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line =
-            status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap();
-        line.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() * 1024
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-/// A group of processes with a limit of memory; gone when dropped.
-struct Group(PathBuf);
-
-impl Group {
-    /// None without the right to make one.
-    fn new(bytes: u64) -> Option<Group> {
-        let kinds =
-            [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
-        kinds.iter().find_map(|(base, limit)| {
-            let group =
-                Group(Path::new(base).join(format!("plimsoll-{}-{bytes}", std::process::id())));
-            std::fs::create_dir(&group.0).ok()?;
-            // Where no such file appears by itself it is no group.
-            let mut limit =
-                std::fs::OpenOptions::new().write(true).open(group.0.join(limit)).ok()?;
-            write!(limit, "{bytes}").ok()?;
-            Some(group)
-        })
-    }
-}
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(&self.0);
-    }
-}
-
-fn bundled() -> PathBuf {
-    let named = std::env::var_os("PLIMSOLL_TESTS").map(PathBuf::from);
-    named.unwrap_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests")).join("model")
-}
 
 /// The first line of an answer.
 fn status(socket: &mut TcpStream) -> String {
@@ -183,7 +102,7 @@ fn a_body_of_many_short_values_is_parsed_within_its_share_or_refused() {
 }
 
 /// A checkpoint of one tiny layer whose tokenizer is as large as those of large models.
-fn with_tokenizer(tokens: usize, merges: usize, pairs: bool) -> PathBuf {
+fn with_tokenizer(tokens: usize, merges: usize, pairs: bool, context_tokens: u32) -> PathBuf {
     let name = format!("plimsoll-tokenizer-{}-{tokens}-{merges}-{pairs}", std::process::id());
     let dir = std::env::temp_dir().join(name);
     std::fs::create_dir_all(&dir).unwrap();
@@ -193,7 +112,7 @@ fn with_tokenizer(tokens: usize, merges: usize, pairs: bool) -> PathBuf {
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": 128,
         "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
-        "vocab_size": tokens, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "vocab_size": tokens, "max_position_embeddings": context_tokens, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": true, "hidden_act": "silu",
     });
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
@@ -257,16 +176,13 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
     let limits = StepLimits { step_tokens_max: 64, running_max: 1 };
     let ability = Ability::plain(Backend::Cpu, F32);
     for (merges, pairs) in [(142_000, false), (280_147, false), (280_147, true)] {
-        let dir = with_tokenizer(128_256, merges, pairs);
+        let dir = with_tokenizer(128_256, merges, pairs, 512);
         let facts = Checkpoint::open(&dir).unwrap().facts().clone();
         let plan = memory::plan(&facts, ability, limits, 64);
         let available = format!("--memory-bytes={}", plan.total());
         let flags = ["--kv-tokens=64", "--running-max=1", "--step-tokens-max=64", &available];
         // With less than it says it needs, the kernel would end it.
         let group = Group::new(plan.total());
-        if group.is_none() {
-            println!("no right to make a control group: measured only");
-        }
         let process = Process::serve(&dir, &flags, group.as_ref());
         let files = process.memory("RssFile");
         let peak = process.memory("VmHWM") - files;
@@ -283,6 +199,149 @@ fn a_large_tokenizer_is_read_within_the_process_share_of_the_plan() {
         drop(process);
         std::fs::remove_dir_all(&dir).unwrap();
     }
+}
+
+/// A request over a connection of its own, and all of the answer.
+fn post(address: &str, path: &str, body: &str) -> String {
+    let mut socket = TcpStream::connect(address).unwrap();
+    let head = format!(
+        "POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all((head + body).as_bytes()).unwrap();
+    std::io::read_to_string(socket).unwrap()
+}
+
+/// Words of which none is like another.
+fn distinct_words(from: usize, bytes: usize) -> String {
+    let letters =
+        |number: usize| (0..10).map(move |at| char::from(b"abcd"[number >> (2 * at) & 3]));
+    let word = |number| letters(number).cycle().take(200).chain([' ']);
+    (from..from + bytes / 201).flat_map(word).collect()
+}
+
+/// Words, what falls into a token for each byte, and what is one word: to the last byte that is looked at.
+#[test]
+fn texts_as_long_as_a_context_of_128k_takes_are_tokenized_within_the_process_share_of_the_plan() {
+    const CONTEXT: u32 = 128 << 10;
+    let dir = with_tokenizer(2048, 1024, false, CONTEXT);
+    let limits = StepLimits { step_tokens_max: 64, running_max: 1 };
+    let facts = Checkpoint::open(&dir).unwrap().facts().clone();
+    let plan = memory::plan(&facts, Ability::plain(Backend::Cpu, F32), limits, CONTEXT.into());
+    let flags = ["--kv-tokens=131072", "--running-max=1", "--step-tokens-max=64"];
+    let process = Process::serve(&dir, &flags, None);
+    let address = &process.address;
+    let before = process.memory("VmHWM");
+    std::thread::scope(|scope| {
+        for client in 0..8 {
+            scope.spawn(move || {
+                let words = ["a cabbage, bad. ", "1a", "''", "dab\n", "abcd"];
+                let all = (0..words.len()).map(|i| words[(i + client) % words.len()]);
+                let bytes = 16 * CONTEXT as usize;
+                let repeated = all.map(|word| word.repeat(bytes / word.len()));
+                for prompt in repeated.chain([distinct_words(client * 20_000, bytes)]) {
+                    let answer = post(address, "/tokenize", &json!({"prompt": prompt}).to_string());
+                    let status = answer.lines().next().unwrap();
+                    let refused = ["word_too_long", "context_length_exceeded"];
+                    let known = refused.iter().any(|code| answer.contains(code));
+                    assert!(status.contains("200") || known, "{}: {answer}", &prompt[..20]);
+                }
+            });
+        }
+    });
+    let peak = process.memory("VmHWM") - process.memory("RssFile");
+    println!("{before} before, {peak} at most, {} + {} planned", plan.weights, plan.process);
+    assert!(peak <= plan.weights + plan.process, "{peak} of {plan:?}");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// What a greedy client sends, and how many of its kind there are.
+struct Greed {
+    clients: usize,
+    request: Vec<u8>,
+}
+
+fn whole(path: &str, body: &str) -> Vec<u8> {
+    let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    (head + body).into_bytes()
+}
+
+/// The largest heads, bodies, parsed bodies, errors, answers and streams that the engine takes or gives.
+fn greed() -> Vec<Greed> {
+    const BODY: usize = 8 << 20;
+    let completion = |wish: Value| {
+        let mut body = json!({"model": "model", "ignore_eos": true});
+        body.as_object_mut().unwrap().extend(wish.as_object().unwrap().clone());
+        whole("/v1/completions", &body.to_string())
+    };
+    let long = "a".repeat(BODY - 100);
+    let unfinished = |mut request: Vec<u8>| {
+        request.pop();
+        request
+    };
+    let head = format!("GET /health HTTP/1.1\r\nhost: x\r\nx: {}", "a".repeat((16 << 10) - 100));
+    let lines = "\n".repeat(BODY / 2 - 100);
+    let tokens = vec![40; 2000];
+    let strings = json!({"prompt": "1a".repeat(32 << 10), "return_token_strs": true});
+    let chat = json!({"model": "model", "messages": [{"role": "user", "content": lines}]});
+    let echo = json!({"prompt": tokens, "n": 128, "echo": true, "max_tokens": 0});
+    let reports = json!({"prompt": tokens, "n": 6, "echo": true, "max_tokens": 1, "logprobs": 20});
+    let stream =
+        json!({"prompt": "a", "n": 32, "max_tokens": 2000, "stream": true, "logprobs": 20});
+    let kind = |clients, request| Greed { clients, request };
+    vec![
+        // Heads and bodies without an end.
+        kind(3300, head.into_bytes()),
+        kind(100, unfinished(completion(json!({"prompt": long})))),
+        // Bodies of one text, of short values, and with a name that is not known.
+        kind(16, completion(json!({"prompt": lines}))),
+        kind(16, whole("/v1/chat/completions", &chat.to_string())),
+        kind(16, completion(json!({"prompt": vec![1; 300_000]}))),
+        kind(16, whole("/v1/completions", &json!({"model": long}).to_string())),
+        // Tokens with their strings, prompts given back, log-probabilities, streams.
+        kind(300, whole("/tokenize", &strings.to_string())),
+        kind(200, completion(echo)),
+        kind(16, completion(reports)),
+        kind(32, completion(stream)),
+    ]
+}
+
+/// Sends what it can within its time and reads nothing. What is refused is cut in the middle.
+async fn unread(address: SocketAddr, request: Arc<Vec<u8>>) -> TokioStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(address).await.unwrap();
+    let _ = tokio::time::timeout(Duration::from_secs(10), stream.write_all(&request)).await;
+    stream
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_of_the_greediest_clients_ends_no_engine_and_stays_within_the_plan() {
+    allow_many_connections();
+    let limits = StepLimits { step_tokens_max: 512, running_max: 32 };
+    let facts = Checkpoint::open(&bundled()).unwrap().facts().clone();
+    let plan = memory::plan(&facts, Ability::plain(Backend::Cpu, F32), limits, 4096);
+    let Some(group) = Group::new(plan.total()) else { return };
+    let available = format!("--memory-bytes={}", plan.total());
+    let process = Process::serve(&bundled(), &["--kv-tokens=4096", &available], Some(&group));
+    let address = process.address.parse().unwrap();
+    let anonymous = || process.memory("VmHWM") - process.memory("RssFile");
+    println!("{} at rest, {} planned: {plan:?}", anonymous(), plan.total());
+    let mut crowd = JoinSet::new();
+    for Greed { clients, request } in greed() {
+        let request = Arc::new(request);
+        for _ in 0..clients {
+            crowd.spawn(unread(address, request.clone()));
+        }
+    }
+    let sockets = crowd.join_all().await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    println!("{} at most with {} clients", anonymous(), sockets.len());
+    assert!(anonymous() <= plan.total(), "{} of {plan:?}", anonymous());
+    drop(sockets);
+    let small = json!({"model": "model", "prompt": "x", "max_tokens": 1}).to_string();
+    let answer = post(&process.address, "/v1/completions", &small);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
 }
 
 /// How `serve` ended with at most `kib` of address space, and what it left as its termination message.

@@ -13,8 +13,18 @@ use crate::facts::{ModelFacts, ParametersByRole};
 /// those beyond. Part of [`process_bytes`].
 pub const BODIES_BYTES_MAX: u64 = 32 << 20;
 
-/// Code, runtime, sockets, requests that are being read, and a tokenizer of up to [`TOKENIZER_BYTES_INCLUDED`].
-const PROCESS_BYTES: u64 = 96 << 20;
+/// What all answers that leave as a whole may hold until they are read, beside the first 4 KiB of each. Part of
+/// [`process_bytes`].
+pub const ANSWERS_BYTES_MAX: u64 = 16 << 20;
+
+/// What the tokens of all streams may hold that wait for their readers, beside the first of each. Part of [`process_bytes`].
+pub const EVENTS_BYTES_MAX: u64 = 16 << 20;
+
+/// What a process on a CPU takes beside a tokenizer of more than [`TOKENIZER_BYTES_INCLUDED`]: code and runtime, 16 MiB;
+/// sockets with heads that arrive, 24 KiB for each of 4,160, or 98 MiB; bodies, 32 MiB; what 8 MiB of them become while they
+/// are parsed and tokenized, 32 MiB; answers, 16 MiB; one of the largest with log-probabilities, 40 MiB; events, 16 MiB.
+/// (docs/perf.md, Start-up and memory, holds what was measured.)
+const PROCESS_BYTES: u64 = 256 << 20;
 const TOKENIZER_BYTES_INCLUDED: u64 = 1 << 20;
 /// What a byte of tokenizer.json takes while it is read: 9 where merges are strings, 14 where they are pairs
 /// (docs/perf.md, Start-up and memory).

@@ -146,9 +146,15 @@ impl Values {
 }
 
 pub async fn read(app: &App, request: Request) -> Result<Body, ApiError> {
-    match tokio::time::timeout(app.body_time_max, collect(request, &app.bodies)).await {
-        Ok(read) => read,
-        Err(_) => Err(ApiError::body_too_slow(app.body_time_max)),
+    let late = async {
+        app.closing().await;
+        tokio::time::sleep(app.late_body_time_max).await;
+    };
+    tokio::select! {
+        biased;
+        read = collect(request, &app.bodies) => read,
+        () = tokio::time::sleep(app.body_time_max) => Err(ApiError::body_too_slow(app.body_time_max)),
+        () = late => Err(ApiError::body_too_slow(app.late_body_time_max)),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::http::openai::{
 use crate::http::params::{self, CHOICES_MAX, Shared, StreamOptions, TOP_LOGPROBS_MAX, token_ids};
 use crate::http::sse::{Chunks, Events};
 use crate::http::{Chance, Identity, Prepared, Served};
-use crate::request::FinishReason;
+use crate::request::{FinishReason, Request};
 use crate::stream::Delta;
 use crate::tokenizer::Tokenizer;
 
@@ -41,8 +41,15 @@ pub enum Prompt {
 /// A prompt to be given back in front of its continuation.
 #[derive(Clone, Debug)]
 pub struct Echo {
-    pub text: String,
+    pub text: Arc<str>,
     pub tokens: Arc<[TokenId]>,
+}
+
+/// What the choices of all requests repeat of their prompts. `echoes` holds one for each, or none.
+pub fn echoed_bytes(echoes: &[Echo], requests: &[Request]) -> u64 {
+    let of_one =
+        |(echo, request): (&Echo, &Request)| echo.text.len() as u64 * u64::from(request.choices);
+    echoes.iter().zip(requests).map(of_one).sum()
 }
 
 /// Parses, tokenizes and admits. Takes milliseconds for long bodies: not for the runtime's threads.
@@ -65,7 +72,7 @@ pub fn prepare(body: &[u8], served: &Served, chance: &Chance) -> Result<Prepared
                 Prompt::Text(text) => text,
                 Prompt::Tokens(tokens) => served.tokenizer.text(&tokens, true),
             };
-            echoes.push(Echo { text, tokens: request.prompt.clone() });
+            echoes.push(Echo { text: text.into(), tokens: request.prompt.clone() });
         }
         requests.push(request);
     }

@@ -11,6 +11,9 @@ use serde_json::{Value, json};
 use crate::admission::AnswerTooLarge;
 use crate::request::Refusal;
 
+/// Characters of a message, and of a parameter's path.
+const TOLD_CHARS_MAX: usize = 1000;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct ApiError {
     pub status: StatusCode,
@@ -128,11 +131,19 @@ impl ApiError {
     /// The body, also sent as an event when a stream fails midway.
     pub fn body(&self) -> Value {
         json!({"error": {
-            "message": self.message,
+            "message": shortened(&self.message),
             "type": self.kind,
-            "param": self.param,
+            "param": self.param.as_deref().map(shortened),
             "code": self.code,
         }})
+    }
+}
+
+/// What a client sent may stand in what it is told, but not megabytes of it.
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(TOLD_CHARS_MAX) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", &text[..end]),
     }
 }
 
@@ -166,5 +177,23 @@ impl IntoResponse for ApiError {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_repeats_no_megabytes_of_what_was_sent() {
+        let long = "ü".repeat(1 << 20);
+        let body = ApiError::parameter(&*long, format!("`{long}` is not known")).body();
+        let chars = |name: &str| body["error"][name].as_str().unwrap().chars().count();
+        assert_eq!((chars("message"), chars("param")), (TOLD_CHARS_MAX + 1, TOLD_CHARS_MAX + 1));
+        let short = ApiError::parameter("n", "`n` is wrong").body();
+        assert_eq!(
+            (&short["error"]["param"], &short["error"]["message"]),
+            (&json!("n"), &json!("`n` is wrong"))
+        );
     }
 }

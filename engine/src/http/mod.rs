@@ -2,6 +2,7 @@
 //! shapes. Nothing here computes a token.
 
 pub mod admin;
+pub mod answers;
 pub mod auth;
 pub mod body;
 pub mod chat;
@@ -20,7 +21,6 @@ pub mod tokens;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::{self, Next};
@@ -29,6 +29,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 
 pub use crate::http::body::BODY_BYTES_MAX;
+use crate::http::body::Body;
 use crate::http::completions::Echo;
 use crate::http::errors::ApiError;
 use crate::http::generation::Generation;
@@ -85,6 +86,7 @@ pub fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(async |request: Request| {
             ApiError::method_not_allowed(request.method().as_str(), request.uri().path())
         })
+        .layer(middleware::from_fn_with_state(app.clone(), answers::count))
         .layer(middleware::from_fn_with_state(app.clone(), close_while_draining))
         .with_state(app)
 }
@@ -128,7 +130,8 @@ async fn chat_completions(
         let share = app.reports.take(reported)?;
         let generation = start(&served, prepared, &identity)?;
         let answer = chat::collect(generation, identity, &tokenizer, with_logprobs).await?;
-        return Ok(share.respond(serde_json::to_vec(&answer).expect("our own types serialize")));
+        let json = serde_json::to_vec(&answer).expect("our own types serialize");
+        return Ok(answers::json(json, share, counted(reported, 0)));
     };
     let generation = start(&served, prepared, &identity)?;
     let chunks = chat::ChatChunks { identity, tokenizer, with_logprobs, options };
@@ -145,11 +148,12 @@ async fn text_completions(
     let Prepared { stream, with_logprobs, reported, .. } = prepared;
     let tokenizer = served.tokenizer.clone();
     let Some(options) = stream else {
-        let share = app.reports.take(reported)?;
+        let echoed = completions::echoed_bytes(&echo, &prepared.requests);
+        let share = (app.reports.take(reported)?, app.answers.take(echoed)?);
         let generation = start(&served, prepared, &identity)?;
         let answer =
             completions::collect(generation, identity, tokenizer, with_logprobs, &echo).await?;
-        return Ok(share.respond(answer));
+        return Ok(answers::json(answer, share, counted(reported, echoed)));
     };
     let generation = start(&served, prepared, &identity)?;
     let choices = generation.choices();
@@ -162,6 +166,12 @@ async fn text_completions(
         options,
     );
     Ok(sse::respond(generation, chunks))
+}
+
+/// Bytes of an answer that were counted before it was made: what it echoes, and all of one with log-probabilities, which
+/// have a budget of their own.
+fn counted(reported: u64, echoed: u64) -> u64 {
+    if reported > 0 { u64::MAX } else { echoed }
 }
 
 /// How a body of one kind is made ready.
@@ -177,8 +187,9 @@ async fn ready_to_run(
     served.engine.has_room()?;
     let body = body::read(app, request).await?;
     let chance = Chance::now();
-    let prepared = on_blocking_thread(app, &served, move |served| prepare(&body, served, &chance));
-    Ok((served.clone(), prepared.await?))
+    let prepare = move |body: &[u8], served: &Served| prepare(body, served, &chance);
+    let prepared = on_blocking_thread(app, &served, body, prepare).await?;
+    Ok((served, prepared))
 }
 
 /// The model, or why there is none yet.
@@ -192,19 +203,21 @@ pub fn served(app: &App) -> Result<Arc<Served>, ApiError> {
     })
 }
 
-/// Parsing, templates and tokenizing take a core for a while: off the runtime, no more at once than there are cores.
+/// Parsing, templates and tokenizing take a core and some times the body's size for a while: off the runtime, and of few
+/// at once.
 pub async fn on_blocking_thread<T: Send + 'static>(
     app: &App,
     served: &Arc<Served>,
-    work: impl FnOnce(&Served) -> Result<T, ApiError> + Send + 'static,
+    body: Body,
+    work: impl FnOnce(&[u8], &Served) -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let served = served.clone();
     let prepared = async {
-        let permit = app.preparing().await;
+        let permit = app.preparing(body.len()).await;
         // Once begun it runs to its end, and keeps its permit until then.
         tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            work(&served)
+            work(&body, &served)
         })
         .await
     };
@@ -233,6 +246,6 @@ fn start(served: &Served, prepared: Prepared, identity: &Identity) -> Result<Gen
 }
 
 /// An error without a handler around it, as bytes on the wire.
-pub fn error_response(error: ApiError) -> axum::http::Response<Body> {
+pub fn error_response(error: ApiError) -> Response {
     error.into_response()
 }

@@ -3,10 +3,6 @@
 
 use std::sync::Arc;
 
-use axum::body::{Body, Bytes};
-use axum::http::header;
-use axum::response::{IntoResponse, Response};
-use http_body_util::{BodyExt, Full};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::admission::REPORTED_LOGPROBS_MAX;
@@ -51,28 +47,19 @@ impl ReportBudget {
     }
 }
 
-impl Share {
-    /// An answer of JSON.
-    pub fn respond(self, json: Vec<u8>) -> Response {
-        // Dropped after the bytes.
-        let body = Full::new(Bytes::from(json)).map_err(move |never| {
-            let _until_the_body_is_dropped = &self;
-            match never {}
-        });
-        ([(header::CONTENT_TYPE, "application/json")], Body::new(body)).into_response()
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use axum::http::StatusCode;
+    use axum::http::{StatusCode, header};
+    use http_body_util::BodyExt;
 
     use super::*;
+    use crate::http::answers;
 
-    #[test]
-    fn a_share_lasts_as_long_as_the_body() {
+    #[tokio::test]
+    async fn a_share_lasts_as_long_as_the_answers_bytes() {
         let budget = ReportBudget::default();
-        let answer = budget.take(REPORTED_LOGPROBS_MAX - 1).unwrap().respond(b"{}".to_vec());
+        let share = budget.take(REPORTED_LOGPROBS_MAX - 1).unwrap();
+        let answer = answers::json(b"{}".to_vec(), share, u64::MAX);
         assert_eq!(answer.headers()[header::CONTENT_TYPE], "application/json");
         drop(budget.take(1).expect("one is left"));
         drop(budget.take(0).expect("an answer without any needs none"));
@@ -81,7 +68,10 @@ mod tests {
             (refused.status, refused.retry_after_seconds),
             (StatusCode::TOO_MANY_REQUESTS, Some(1))
         );
-        drop(answer);
+        // A server is done with the body before the socket has taken its bytes.
+        let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+        budget.take(2).map(drop).unwrap_err();
+        drop(bytes);
         drop(budget.take(REPORTED_LOGPROBS_MAX).expect("all of it"));
     }
 }

@@ -2,30 +2,37 @@
 //! the HTTP side here and nowhere else.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::admission::ModelLimits;
 use crate::batch::TokenId;
 use crate::chat_template::ChatTemplate;
 use crate::http::Identity;
+use crate::http::answers::AnswerBudget;
 use crate::http::auth::ApiKeys;
-use crate::http::body::BodyBudget;
+use crate::http::body::{BODY_BYTES_MAX, BodyBudget};
 use crate::http::errors::ApiError;
 use crate::http::openai::Model;
 use crate::http::reported::ReportBudget;
 use crate::metrics::Metrics;
 use crate::step::{EngineHandle, PulseLimits};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{EncodeError, Tokenizer};
 
 const BODY_TIME_MAX: Duration = Duration::from_secs(30);
+/// A body that is half here when nothing more is accepted comes within this or not at all: the time that is left belongs
+/// to requests that run.
+const LATE_BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// Texts have 3 to 6 bytes a token; more than this, on average, is no text of a person or a program.
 const TOKEN_BYTES_MAX: u64 = 16;
 /// A text of this size is tokenized in any case.
 const TEXT_BYTES_MIN: u64 = 64 << 10;
+/// Bodies that are made ready at once where there are as many cores: more than any device takes in.
+const PREPARING_MAX: usize = 8;
+/// Bytes of them together: parsed, written by a template and tokenized, each holds some times its size.
+const PREPARING_BYTES_MAX: usize = BODY_BYTES_MAX;
 
 /// A loaded model and the engine that runs it.
 pub struct Served {
@@ -45,8 +52,8 @@ impl Served {
         Err(ApiError::model_not_found(asked, &self.name))
     }
 
-    /// Refuses a text that is too long for the model by far: tokenizing megabytes takes seconds, and some two hundred
-    /// times their size in memory. `param` is where the text came from.
+    /// Refuses a text that is too long for the model by far: tokenizing megabytes takes seconds. `param` is where the text
+    /// came from.
     pub fn check_text(&self, text: &str, param: &str) -> Result<(), ApiError> {
         let (limit, limit_name) = self.limits.sequence_tokens_max();
         let (bytes, bytes_max) =
@@ -68,16 +75,32 @@ impl Served {
         add_special_tokens: bool,
         param: &str,
     ) -> Result<Vec<TokenId>, ApiError> {
-        self.check_text(text, param)?;
-        let tokens = self
-            .tokenizer
-            .encode(text, add_special_tokens)
-            .map_err(|e| ApiError::parameter(param, e.to_string()).code("tokenizer_error"))?;
+        let tokens = self.tokens(text, add_special_tokens, param)?;
         if tokens.is_empty() {
             let empty = format!("`{param}` is empty: the model needs at least one token");
             return Err(ApiError::parameter(param, empty).code("invalid_value"));
         }
         Ok(tokens)
+    }
+
+    /// Like [`Served::encode`], but a text may be empty.
+    pub fn tokens(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        param: &str,
+    ) -> Result<Vec<TokenId>, ApiError> {
+        self.check_text(text, param)?;
+        let tokens_max = TEXT_BYTES_MIN.max(self.limits.sequence_tokens_max().0);
+        let tokens_max = usize::try_from(tokens_max).unwrap_or(usize::MAX);
+        self.tokenizer.encode(text, add_special_tokens, tokens_max).map_err(|error| {
+            let code = match error {
+                EncodeError::Stretch => "word_too_long",
+                EncodeError::TooManyTokens(_) => "context_length_exceeded",
+                EncodeError::Failed(_) => "tokenizer_error",
+            };
+            ApiError::parameter(param, error.to_string()).code(code)
+        })
     }
 }
 
@@ -95,22 +118,38 @@ impl Chance {
     }
 }
 
+/// Where a process is between its start and its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Life {
+    Serving,
+    /// Requests are still taken, and their clients told to go elsewhere.
+    Draining,
+    /// No more is accepted.
+    Closing,
+}
+
 pub struct App {
     pub name: String,
     pub keys: Option<ApiKeys>,
     /// Time for a request's body to arrive.
     pub body_time_max: Duration,
+    /// Time for it once no more is accepted.
+    pub late_body_time_max: Duration,
     /// What all bodies may hold together.
     pub bodies: BodyBudget,
     /// What all answers with log-probabilities may hold together.
     pub reports: ReportBudget,
+    /// What all other answers may that leave as a whole.
+    pub answers: AnswerBudget,
     /// When a step has taken too long.
     pub pulse_limits: PulseLimits,
     created: u64,
     served: OnceLock<Arc<Served>>,
     progress: Mutex<String>,
-    draining: AtomicBool,
+    life: watch::Sender<Life>,
     preparing: Arc<Semaphore>,
+    /// What each takes of it at least.
+    preparing_bytes_min: usize,
 }
 
 impl App {
@@ -120,14 +159,17 @@ impl App {
             name,
             keys,
             body_time_max: BODY_TIME_MAX,
+            late_body_time_max: LATE_BODY_TIME_MAX,
             bodies: BodyBudget::default(),
             reports: ReportBudget::default(),
+            answers: AnswerBudget::default(),
             pulse_limits: PulseLimits::default(),
             created: unix_seconds(),
             served: OnceLock::new(),
             progress: Mutex::new("starting".to_owned()),
-            draining: AtomicBool::new(false),
-            preparing: Arc::new(Semaphore::new(cores)),
+            life: watch::Sender::new(Life::Serving),
+            preparing: Arc::new(Semaphore::new(PREPARING_BYTES_MAX)),
+            preparing_bytes_min: PREPARING_BYTES_MAX / cores.min(PREPARING_MAX),
         }
     }
 
@@ -152,16 +194,30 @@ impl App {
     }
 
     pub fn draining(&self) -> bool {
-        self.draining.load(Ordering::Relaxed)
+        *self.life.borrow() >= Life::Draining
     }
 
     pub fn drain(&self) {
-        self.draining.store(true, Ordering::Relaxed);
+        self.life.send_replace(Life::Draining);
     }
 
-    /// A core's worth of preparing prompts.
-    pub async fn preparing(&self) -> OwnedSemaphorePermit {
-        self.preparing.clone().acquire_owned().await.expect("the semaphore is never closed")
+    /// Nothing more is accepted from now on.
+    pub fn close(&self) {
+        self.life.send_replace(Life::Closing);
+    }
+
+    /// Returns once nothing more is accepted.
+    pub async fn closing(&self) {
+        let mut life = self.life.subscribe();
+        life.wait_for(|life| *life == Life::Closing).await.expect("its sender is our own");
+    }
+
+    /// The right to make a body of so many bytes ready; first come, first served.
+    pub async fn preparing(&self, body_bytes: usize) -> OwnedSemaphorePermit {
+        let bytes = body_bytes.clamp(self.preparing_bytes_min, PREPARING_BYTES_MAX);
+        let bytes = u32::try_from(bytes).expect("some MiB");
+        let permit = self.preparing.clone().acquire_many_owned(bytes).await;
+        permit.expect("the semaphore is never closed")
     }
 
     pub fn identity(&self, prefix: &str) -> Identity {

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Request, State};
-use serde_json::{Value, json};
+use axum::http::header;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
 
+use crate::batch::TokenId;
 use crate::http::chat;
 use crate::http::errors::ApiError;
 use crate::http::fields::{self, Fields};
@@ -14,27 +16,54 @@ use crate::http::params::token_ids;
 use crate::http::state::{App, Chance, Served};
 use crate::http::{body, on_blocking_thread, served};
 
-pub async fn tokenize(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let served = served(&app)?;
-    let body = body::read(&app, request).await?;
+/// An answer of /tokenize.
+#[derive(Serialize)]
+pub struct Tokenized {
+    count: usize,
+    max_model_len: u32,
+    tokens: Vec<TokenId>,
+    token_strs: Option<Vec<String>>,
+}
+
+/// An answer of /detokenize.
+#[derive(Serialize)]
+pub struct Text {
+    prompt: String,
+}
+
+pub async fn tokenize(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
     let now = Chance::now().now_unix_seconds;
-    on_blocking_thread(&app, &served, move |served| tokens_of(&body, served, now)).await.map(Json)
+    answer(&app, request, move |body, served| tokens_of(body, served, now)).await
 }
 
 pub async fn detokenize(
     State(app): State<Arc<App>>,
     request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let served = served(&app)?;
-    let body = body::read(&app, request).await?;
-    on_blocking_thread(&app, &served, move |served| text_of(&body, served)).await.map(Json)
+) -> Result<Response, ApiError> {
+    answer(&app, request, text_of).await
+}
+
+/// Written where it is made: a long answer takes milliseconds too.
+async fn answer<T: Serialize>(
+    app: &Arc<App>,
+    request: Request,
+    make: impl FnOnce(&[u8], &Served) -> Result<T, ApiError> + Send + 'static,
+) -> Result<Response, ApiError> {
+    let served = served(app)?;
+    let body = body::read(app, request).await?;
+    let json = on_blocking_thread(app, &served, body, |body, served| {
+        let answer = make(body, served)?;
+        Ok(serde_json::to_vec(&answer).expect("our own types serialize"))
+    });
+    Ok(([(header::CONTENT_TYPE, "application/json")], json.await?).into_response())
 }
 
 /// A prompt or messages → token ids, as a completion would see them.
-pub fn tokens_of(body: &[u8], served: &Served, now_unix_seconds: i64) -> Result<Value, ApiError> {
+pub fn tokens_of(
+    body: &[u8],
+    served: &Served,
+    now_unix_seconds: i64,
+) -> Result<Tokenized, ApiError> {
     let mut body = Fields::from_body(body)?;
     optional_model(&mut body, served)?;
     let with_strings = body.boolean("return_token_strs")?.unwrap_or(false);
@@ -49,29 +78,21 @@ pub fn tokens_of(body: &[u8], served: &Served, now_unix_seconds: i64) -> Result<
         }
     };
     body.finish()?;
-    served.check_text(&text, param)?;
-    let tokens = served
-        .tokenizer
-        .encode(&text, special)
-        .map_err(|e| ApiError::invalid(e.to_string()).code("tokenizer_error"))?;
-    let strings: Option<Vec<String>> =
+    let tokens = served.tokens(&text, special, param)?;
+    let token_strs =
         with_strings.then(|| tokens.iter().map(|&id| token_text(&served.tokenizer, id)).collect());
-    Ok(json!({
-        "count": tokens.len(),
-        "max_model_len": served.limits.context_tokens,
-        "tokens": tokens,
-        "token_strs": strings,
-    }))
+    let max_model_len = served.limits.context_tokens;
+    Ok(Tokenized { count: tokens.len(), max_model_len, tokens, token_strs })
 }
 
 /// Token ids → text, special tokens included.
-pub fn text_of(body: &[u8], served: &Served) -> Result<Value, ApiError> {
+pub fn text_of(body: &[u8], served: &Served) -> Result<Text, ApiError> {
     let mut body = Fields::from_body(body)?;
     optional_model(&mut body, served)?;
     let items = body.array("tokens")?.ok_or_else(|| fields::missing("tokens"))?;
     body.finish()?;
     let tokens = token_ids(&items, "tokens", served.limits.vocabulary)?;
-    Ok(json!({"prompt": served.tokenizer.text(&tokens, true)}))
+    Ok(Text { prompt: served.tokenizer.text(&tokens, true) })
 }
 
 fn optional_model(body: &mut Fields, served: &Served) -> Result<(), ApiError> {

@@ -67,10 +67,10 @@ fn a_large_tokenizer_is_part_of_the_process_share() {
         let facts = ModelFacts { tokenizer_bytes, ..facts() };
         fit(&facts, CPU, LIMITS, Some(64), 8 * GIB, 8192).unwrap().process
     };
-    assert_eq!(process(200 << 10), 96 << 20);
-    assert_eq!(process(9 << 20), (96 + 8 * 14) << 20);
+    assert_eq!(process(200 << 10), 256 << 20);
+    assert_eq!(process(9 << 20), (256 + 8 * 14) << 20);
     // Facts that do not know its length take what a vocabulary of this size usually has.
-    assert_eq!(process(0), (96 << 20) + 14 * (128_256 * 64 - (1 << 20)));
+    assert_eq!(process(0), (256 << 20) + 14 * (128_256 * 64 - (1 << 20)));
 }
 
 /// A root directory with what the kernel would show.

@@ -250,7 +250,7 @@ fn tokenizer_report(error: &TokenizerError) -> ExitReport {
         TokenizerError::Missing(_) | TokenizerError::UnsupportedDecoder { .. } => {
             ExitReason::UnsupportedModel
         }
-        TokenizerError::Malformed { .. } | TokenizerError::Encode(_) => ExitReason::CorruptWeights,
+        TokenizerError::Malformed { .. } => ExitReason::CorruptWeights,
     };
     ExitReport::new(reason, error.to_string())
 }

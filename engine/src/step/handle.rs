@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, watch};
 
-use super::events::{EventSender, RequestStream, events};
+use super::events::{Backlog, EventSender, RequestStream, events};
 use super::pulse::Pulse;
 use crate::kv_cache::{PageHash, page_hashes};
 use crate::metrics::Metrics;
@@ -67,6 +67,7 @@ pub(super) struct Shared {
     /// Requests that have not ended.
     active: AtomicUsize,
     shutting_down: AtomicBool,
+    backlog: Backlog,
     /// Notified whenever `active` falls to zero, and by the end of the loop.
     drained: Notify,
     resting: AtomicBool,
@@ -92,6 +93,7 @@ impl Shared {
             waiting: AtomicUsize::new(0),
             active: AtomicUsize::new(0),
             shutting_down: AtomicBool::new(false),
+            backlog: Backlog::default(),
             drained: Notify::new(),
             resting: AtomicBool::new(true),
             beat_ms: AtomicU64::new(0),
@@ -214,7 +216,8 @@ impl EngineHandle {
         let page_hashes =
             if reuse { page_hashes(&request.prompt, &request.salt) } else { Vec::new() };
         let id = RequestId(self.shared.requests.fetch_add(1, SeqCst));
-        let (events, stream) = events(id, ask, self.commands.clone());
+        let backlog = self.shared.backlog.clone();
+        let (events, stream) = events(id, ask, self.commands.clone(), backlog);
         let submission = Submission { id, request, page_hashes, arrived, events };
         // A loop that has ended drops the submission, and with it the sender: the stream then reports a failure.
         let _ = self.commands.send(Command::Submit(Box::new(submission)));

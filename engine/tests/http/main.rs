@@ -10,5 +10,7 @@ mod bodies;
 mod crowd;
 mod dice;
 mod drain;
+#[path = "../process/mod.rs"]
+mod process;
 mod templates;
 mod world;

@@ -42,6 +42,7 @@ pub struct Options {
     pub template: bool,
     pub failing_steps: BTreeSet<StepNumber>,
     pub body_time_max: Duration,
+    pub late_body_time_max: Duration,
     pub pulse_limits: PulseLimits,
 }
 
@@ -56,6 +57,7 @@ impl Default for Options {
             template: true,
             failing_steps: BTreeSet::new(),
             body_time_max: Duration::from_secs(30),
+            late_body_time_max: Duration::from_secs(5),
             pulse_limits: PulseLimits::default(),
         }
     }
@@ -81,6 +83,7 @@ pub async fn loading_world(options: &Options) -> World {
     let keys = options.keys.as_deref().map(|path| ApiKeys::open(path).unwrap());
     let mut app = App::new(MODEL.into(), keys);
     app.body_time_max = options.body_time_max;
+    app.late_body_time_max = options.late_body_time_max;
     app.pulse_limits = options.pulse_limits;
     let app = Arc::new(app);
     let server = Server::start(listener, app.clone(), options.connections);
@@ -203,6 +206,11 @@ impl Client {
         let (parts, body) = response.into_parts();
         let body = body.collect().await?.to_bytes();
         Ok(Answer { status: parts.status, response: Response::from_parts(parts, ()), body })
+    }
+
+    /// The server has ended it.
+    pub fn is_closed(&mut self) -> bool {
+        self.sender.is_closed()
     }
 
     pub async fn get(&mut self, path: &str) -> Answer {
