@@ -67,6 +67,12 @@ pub async fn step(
             .await?;
             share(writer, wanted, wanted.policy()).await?;
             join_present::<Job>(writer, wanted.identity, &names::inspect_job(wanted.key)).await?;
+            // Of what the Job said while this waited for its turn, only those who had a share by then hear.
+            let now_seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
+            let model = facts::look(&now_seen, downloads, now);
+            if !matches!(model, Model::Looking { .. }) {
+                return Box::pin(step(writer, wanted, now)).await;
+            }
         }
         Model::Told(facts) => {
             if let Some(unreadable) = &seen.facts {

@@ -175,7 +175,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     triggers.push(scope.children(services_writer, trim_meta));
     triggers.push(scope.children(service_accounts_writer, trim_meta));
     triggers.push(scope.children(budgets_writer, trim_meta));
-    triggers.push(scope.children(policies_writer, trim_meta));
+    triggers.push(scope.shared(policies_writer));
     triggers.push(scope.children(revisions_writer, trim_revision));
     triggers.push(scope.shared(jobs_writer));
     triggers.push(scope.shared(claims_writer));

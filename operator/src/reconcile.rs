@@ -12,7 +12,10 @@ use kube::Client;
 use kube::runtime::controller::Action;
 use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
-use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, OperatorUpgrade, Reason, ScalingStatus};
+use plimsoll_crds::{
+    ConditionType, LLMDeployment, LLMDeploymentStatus, OperatorUpgrade, REPLICAS_MAX, Reason,
+    ScalingStatus,
+};
 
 use crate::apply::{Applied, ApplyError, Owner, Sharing, Writer};
 use crate::decide::{self, Case};
@@ -24,6 +27,7 @@ use crate::observe::{Caches, Seen};
 use crate::plan::Prices;
 use crate::revision::{self, Revision};
 use crate::rollout::{self, Rollout};
+use crate::run::chain;
 use crate::scale::{self, Advices};
 use crate::spec::{Source, Spec};
 use crate::status::{self, Findings, Said, Scaled};
@@ -90,6 +94,8 @@ pub struct Pass {
     pub rollout: Option<Rollout>,
     /// The revision that answers to the spec, which stands unless it failed.
     pub current: Option<Revision>,
+    /// Its children were seen to stand.
+    pub stood: bool,
     /// What was put right after another hand.
     pub repaired: Vec<Repair>,
     /// A plan that waits for a person.
@@ -121,7 +127,11 @@ pub async fn reconcile(
 
 async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, ApplyError> {
     let identity = Identity::of(object);
-    let heeded = heed(object, &identity, context).await?;
+    let spec = Spec::parse(object);
+    let heeded = match &spec {
+        Ok(_) => heed(object, &identity, context).await?,
+        Err(_) => None,
+    };
     let object = heeded.as_ref().unwrap_or(object);
     let replicas = u32::try_from(object.spec.replicas).unwrap_or(0);
     let mut pass = Pass {
@@ -129,32 +139,41 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         scaling: object.status.as_ref().and_then(|status| status.scaling.clone()),
         ..Pass::default()
     };
-    let outcome = match Spec::parse(object) {
+    let outcome = match spec {
         Ok(spec) => forward(object, &spec, &identity, context, &mut pass).await,
         Err(error) => {
             pass.trouble = Some(Said::no(Reason::InvalidSpec, error.to_string()));
             hold(object, &identity, context, &mut pass).await
         }
     };
-    if let Err(error) = outcome {
-        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
-        let is_news = seen.is_none() || seen != object.metadata.generation;
-        if let Err(error) = pass.stopped_by(error) {
-            // A passing failure turns nothing that was told of this spec; a new one must not stay silent.
-            if is_news {
-                pass.in_the_way(Said::no(Reason::Accepted, error.to_string()));
-                tell(object, &identity, context, &pass).await?;
-            } else if pass.current.is_some() && pass.rollout.is_some() {
-                // The pods of what stands are seen all the same.
-                tell(object, &identity, context, &pass).await?;
+    if let Err(error) = outcome
+        && let Err(error) = pass.stopped_by(error)
+    {
+        if pass.trouble.is_none() {
+            match in_force(object) {
+                true => pass.recall(object),
+                false => pass.trouble = Some(Said::no(Reason::Accepted, chain(&error))),
             }
-            return Err(error);
         }
+        if pass.trouble.is_some() || pass.rollout.is_some() {
+            tell(object, &identity, context, &pass).await?;
+        }
+        return Err(error);
     }
     tell(object, &identity, context, &pass).await?;
     let pods = context.caches.observe(&identity.namespace, &identity.name).pods;
     let again = pass.again.into_iter().chain(pods::look_again(&pods, context.now().0)).min();
     Ok(again.map_or_else(Action::await_change, Action::requeue))
+}
+
+/// Whether a pass has come to its end with this spec. A passing failure turns nothing that was told then; of a spec that
+/// never came so far it is told.
+fn in_force(object: &LLMDeployment) -> bool {
+    let Some(status) = &object.status else { return false };
+    let mut conditions = status.conditions.iter();
+    let ready = conditions.find(|held| held.type_ == ConditionType::Ready.name());
+    status.observed_generation == object.metadata.generation
+        && ready.is_some_and(|ready| ready.reason != Reason::Accepted.name())
 }
 
 /// A decision of the scaling loop is written down before anything follows from it, so that an operator which ends in
@@ -254,6 +273,7 @@ async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Resul
     let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
     if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
         pass.repaired = stand(object, &rollout, around, identity, context).await?;
+        pass.stood = true;
     }
     release(spec, seen, context).await;
     forget(revisions, Some(&standing.name), good, case).await?;
@@ -276,10 +296,9 @@ async fn hold(
     let seen = context.caches.observe(&identity.namespace, &identity.name);
     let revisions = revision::committed(&seen.revisions, &identity.uid);
     let standing = revision::standing_hash(object, seen.deployment.as_deref());
-    let Some(running) = revision::running(&revisions, standing.as_deref()) else { return Ok(()) };
-    if let Some(deployed) = asked_for(&seen).filter(|_| !object.spec.suspend) {
-        pass.replicas = deployed;
-    }
+    let is_standing = |revision: &&Revision| Some(&revision.hash) == standing.as_ref();
+    let Some(running) = revisions.iter().find(is_standing) else { return Ok(()) };
+    pass.replicas = held_replicas(object, &seen);
     let strategy = object.spec.rollout.as_ref().and_then(|rollout| rollout.strategy);
     let deployment = seen.deployment.as_deref();
     let rollout = rollout::hold(running, deployment, strategy.unwrap_or_default());
@@ -287,8 +306,20 @@ async fn hold(
     let around = Surroundings::held(&object.spec, pass.replicas, &context.settings);
     if within_bounds(running, identity, &context.settings) || fewer(&seen, pass.replicas) {
         pass.repaired = stand(object, &rollout, around, identity, context).await?;
+        pass.stood = true;
     }
     Ok(())
+}
+
+/// As many pods as there are to be; where there are to be none, as the spec or its scaling had it.
+fn held_replicas(object: &LLMDeployment, seen: &Seen) -> u32 {
+    if object.spec.suspend {
+        return 0;
+    }
+    let scaling = object.status.as_ref().and_then(|status| status.scaling.as_ref());
+    let wanted = scaling.map_or(object.spec.replicas, |scaling| scaling.desired);
+    let wanted = u32::try_from(wanted).unwrap_or(0).min(REPLICAS_MAX);
+    asked_for(seen).filter(|deployed| *deployed > 0).unwrap_or(wanted)
 }
 
 /// Whether this operator may render a revision: one that was allowed once may reach out of its pods. Of such a one nothing
@@ -423,6 +454,12 @@ async fn forget(
     Ok(())
 }
 
+/// Whether the status names this revision already.
+fn told_of(before: Option<&LLMDeploymentStatus>, standing: Option<&Revision>) -> bool {
+    let told = before.and_then(|before| before.revision.as_ref());
+    told.is_some() && told == standing.map(|standing| &standing.name)
+}
+
 /// Status as computed from what stands now, written where it changed, and the events of what turned.
 async fn tell(
     object: &LLMDeployment,
@@ -452,6 +489,7 @@ async fn tell(
         facts: pass.facts.as_ref(),
         planned: pass.planned.clone(),
         revision: standing,
+        stood: pass.stood || told_of(before, standing),
         revision_is_current: standing.is_some() && standing == pass.current.as_ref(),
         rollout,
         offered: pass.offered.as_ref(),
@@ -496,6 +534,16 @@ impl Pass {
     /// The first of several is told: the others may come of it.
     fn in_the_way(&mut self, said: Said) {
         self.trouble.get_or_insert(said);
+    }
+
+    /// What was decided for the spec that is in force is not taken back.
+    fn recall(&mut self, object: &LLMDeployment) {
+        let Some(before) = &object.status else { return };
+        self.model = self.model.take().or_else(|| Said::before(before, ConditionType::ModelReady));
+        self.planned = self.planned.take().or_else(|| Said::before(before, ConditionType::Planned));
+        let standing = self.rollout.as_ref().map(|rollout| &rollout.revision);
+        let standing = standing.filter(|standing| told_of(Some(before), Some(standing)));
+        self.current = self.current.take().or_else(|| standing.cloned());
     }
 
     /// What a person must mend goes into status; what may pass goes up and is tried again.

@@ -38,6 +38,18 @@ impl Said {
         Said { holds: Some(false), reason, message: message.into() }
     }
 
+    /// What a status says of `kind`.
+    pub fn before(status: &LLMDeploymentStatus, kind: ConditionType) -> Option<Said> {
+        let held = status.conditions.iter().find(|held| held.type_ == kind.name())?;
+        let reason = Reason::ALL.iter().find(|reason| reason.name() == held.reason)?;
+        let holds = match held.status.as_str() {
+            "True" => Some(true),
+            "False" => Some(false),
+            _ => None,
+        };
+        Some(Said { holds, reason: *reason, message: held.message.clone() })
+    }
+
     fn unknown(message: &str) -> Said {
         Said { holds: None, reason: Reason::Accepted, message: message.to_owned() }
     }
@@ -57,6 +69,8 @@ pub struct Findings<'a> {
     pub planned: Option<Said>,
     /// The revision whose children stand, and whether it answers to the spec of this generation.
     pub revision: Option<&'a Revision>,
+    /// Whether all of its children were made; until then it is not named.
+    pub stood: bool,
     pub revision_is_current: bool,
     /// How its pods take the places of older ones.
     pub rollout: Option<RolloutStatus>,
@@ -91,6 +105,7 @@ pub fn compute(
     now: &Time,
 ) -> LLMDeploymentStatus {
     let hash = found.revision.map(|revision| revision.hash.as_str());
+    let stood = found.revision.filter(|_| found.stood);
     let engines = pods::engines(found.pods, hash, now.0);
     let said = conditions(found, &engines);
     let mut conditions: Vec<Condition> = said
@@ -104,8 +119,8 @@ pub fn compute(
         replicas: count(engines.current + engines.older),
         ready_replicas: count(engines.ready),
         selector: Some(format!("{}={}", names::NAME, found.name)),
-        url: found.revision.map(|_| format!("http://{}.{}.svc", found.name, found.namespace)),
-        revision: found.revision.map(|revision| revision.name.clone()),
+        url: stood.map(|_| format!("http://{}.{}.svc", found.name, found.namespace)),
+        revision: stood.map(|revision| revision.name.clone()),
         model: found
             .facts
             .map(model)

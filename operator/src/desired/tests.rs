@@ -248,12 +248,12 @@ fn a_limit_leaves_room_for_the_peak_of_a_start_and_never_exceeds_what_there_is()
     // A budget is the limit, and the cache makes room within it.
     let load = json!({"concurrency": 64, "promptTokens": 1000, "outputTokens": 24});
     let budget = |memory: &str| json!({"workload": load, "resources": {"memory": memory}});
-    let (limit, request) = limit_and_request(node(), budget("256Mi"));
-    assert_eq!(limit, 256 * MIB);
-    assert!(request <= 192 * MIB, "{request}");
+    let (limit, request) = limit_and_request(node(), budget("512Mi"));
+    assert_eq!(limit, 512 * MIB);
+    assert!(request <= 448 * MIB, "{request}");
     assert_eq!(limit_and_request(node(), budget("4Gi")).0, 4 << 30);
-    let left = plan::NodeResources { asked_bytes: (16 << 30) - 300 * MIB, ..node() };
-    assert_eq!(limit_and_request(left, budget("4Gi")).0, 300 * MIB);
+    let left = plan::NodeResources { asked_bytes: (16 << 30) - 500 * MIB, ..node() };
+    assert_eq!(limit_and_request(left, budget("4Gi")).0, 500 * MIB);
 }
 
 #[test]

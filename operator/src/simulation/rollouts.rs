@@ -77,7 +77,9 @@ fn under_a_spec_that_cannot_work_what_runs_is_kept_repaired_and_told() {
     assert_eq!(said(&world, "Stalled").1, "InvalidSpec");
     change(&world, json!({"suspend": true}));
     assert!(world.serving(GOOD).is_empty());
-    change(&world, json!({"suspend": false, "model": {"source": "pvc://models/tiny"}}));
+    change(&world, json!({"suspend": false}));
+    assert_eq!(world.serving(GOOD).len(), 3, "none are left, so as many as the spec has");
+    change(&world, json!({"model": {"source": "pvc://models/tiny"}}));
     assert_eq!(said(&world, "Ready").1, "Serving");
     assert_eq!(
         status(&world)["revision"],
@@ -101,6 +103,7 @@ fn a_changed_spec_is_told_of_while_what_it_needs_cannot_be_written() {
         assert_eq!(status(&world)["observedGeneration"], object["metadata"]["generation"]);
         let (ready, reason, message) = said(&world, "Ready");
         assert_eq!((ready.as_str(), reason.as_str()), ("False", "Accepted"), "{message}");
+        assert!(message.contains("ControllerRevision") && message.contains(": "), "{message}");
         assert_eq!(said(&world, "Reconciling").0, "True");
         assert_eq!(said(&world, "Available").0, "True");
         assert_eq!(status(&world)["revision"], before["revision"]);
@@ -109,6 +112,57 @@ fn a_changed_spec_is_told_of_while_what_it_needs_cannot_be_written() {
     });
     assert_eq!(said(&world, "Ready").1, "Serving");
     assert_ne!(status(&world)["revision"], before["revision"]);
+}
+
+#[test]
+fn a_spec_is_not_called_in_force_while_a_child_of_it_cannot_be_written() {
+    let changes = [
+        ("networkpolicies", json!({"network": {"clients": "Namespace"}})),
+        ("deployments", json!({"contextTokens": 1024})),
+    ];
+    for (resource, spec) in changes {
+        let world = declared(json!({}));
+        live(&world, settings(), async || {
+            rest(&world).await;
+            world.refuse(Some(resource));
+            world.merge("llmdeployments", GOOD, json!({"spec": spec}));
+            for _ in 0..30 {
+                wait(&world, 4).await;
+                let object = world.get("llmdeployments", GOOD).unwrap();
+                let told = &object["status"]["observedGeneration"];
+                let is_told = told == &object["metadata"]["generation"];
+                assert!(!is_told || said(&world, "Ready").0 == "False", "{resource}");
+            }
+            assert_eq!(said(&world, "Ready").1, "Accepted", "{resource}");
+            assert_eq!(said(&world, "Available").0, "True", "{resource}");
+            world.refuse(None);
+            wait(&world, 120).await;
+        });
+        assert_eq!(said(&world, "Ready").1, "Serving", "{resource}");
+        assert!(
+            !world.told().iter().any(|note| note.contains("another hand")),
+            "{:?}",
+            world.told()
+        );
+        assert_silent(&world);
+    }
+}
+
+#[test]
+fn under_a_spec_that_cannot_work_and_a_server_that_takes_no_write_pods_are_told_as_they_are() {
+    let world = declared(json!({}));
+    change(&world, json!({"model": {"source": "nowhere://"}}));
+    live(&world, settings(), async || {
+        rest(&world).await;
+        world.refuse(Some("deployments"));
+        world.merge("deployments", GOOD, json!({"spec": {"replicas": 0}}));
+        wait(&world, 60).await;
+        assert_eq!(said(&world, "Stalled").1, "InvalidSpec");
+        assert_eq!(said(&world, "Available").0, "False");
+        world.refuse(None);
+        wait(&world, 120).await;
+        assert_eq!(said(&world, "Available").0, "True");
+    });
 }
 
 #[test]

@@ -49,6 +49,7 @@ pub fn nothing() -> Findings<'static> {
         facts: None,
         planned: Some(Said::yes(Reason::PlanChosen, "it fits")),
         revision: None,
+        stood: true,
         revision_is_current: true,
         rollout: None,
         offered: None,

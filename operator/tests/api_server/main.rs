@@ -19,6 +19,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{ConfigMap, PersistentVolumeClaim, Pod, Service, ServiceAccount};
 use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
 use plimsoll_crds::LLMDeployment;
@@ -266,12 +267,17 @@ async fn objects_of_one_source_share_one_inspect_job_and_its_facts() {
     for name in ["one", "two"] {
         world.condition(name, "ModelReady", "False", "Inspecting").await;
     }
+    let around = world.list::<NetworkPolicy>("plimsoll.dev/model").await;
+    let names: Vec<String> = around.iter().map(NetworkPolicy::name_any).collect();
+    assert_eq!(names, [world.inspect_job().await.name_any()], "a policy of the Job's name");
     world.finish_inspect(&facts(), 0).await;
     for name in ["one", "two"] {
         world.condition(name, "Planned", "True", "PlanChosen").await;
     }
     let kept = world.list::<ConfigMap>("plimsoll.dev/model").await;
     assert_eq!(kept.len(), 1);
+    let left = world.list::<NetworkPolicy>("plimsoll.dev/model").await;
+    assert!(left.is_empty(), "the policy goes with its Job");
     world
         .eventually(&kept[0].name_any(), "two owners", |facts: &ConfigMap| {
             (facts.owner_references().len() == 2).then_some(())
