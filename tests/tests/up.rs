@@ -61,7 +61,7 @@ fn one_command_plans_serves_and_answers() {
         assert!(told.contains(words), "{words} in {told}");
     }
     // The capture in the README, as far as it is the same on every machine.
-    let readme = std::fs::read_to_string(local_example().with_file_name("../README.md")).unwrap();
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
     let capture = readme.split("$ target/release/plimsoll up").nth(1).unwrap();
     let capture = capture.split("```").next().unwrap();
     let same = ["  cache  ", "█ weights", "  not taken  ", "  draining  "];
