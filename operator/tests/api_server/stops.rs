@@ -37,8 +37,9 @@ async fn is_stopped_and_followed(world: &World, write: u32, moment: Moment) -> b
     let name = format!("stopped-{write}-{moment:?}").to_lowercase();
     let gate = Gate::open(world, write, moment).await;
     let operator = world.operator_by(&gate.kubeconfig, &name);
-    // A source of its own, or the facts would be there already.
-    let story = world.bring_up(&name, json!({"model": {"source": format!("pvc://models/{name}")}}));
+    // A source of its own, or the facts would be there already; little memory, because the pods of all stay on one node.
+    let spec = json!({"model": {"source": format!("pvc://models/{name}")}, "resources": {"memory": "384Mi"}});
+    let story = world.bring_up(&name, spec);
     tokio::pin!(story);
     tokio::select! {
         () = gate.has_shut() => {}
