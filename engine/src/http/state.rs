@@ -95,7 +95,6 @@ impl Served {
         let tokens_max = usize::try_from(tokens_max).unwrap_or(usize::MAX);
         self.tokenizer.encode(text, add_special_tokens, tokens_max).map_err(|error| {
             let code = match error {
-                EncodeError::Stretch => "word_too_long",
                 EncodeError::TooManyTokens(_) => "context_length_exceeded",
                 EncodeError::Failed(_) => "tokenizer_error",
             };
