@@ -1,6 +1,7 @@
 //! Between text and token ids. Enters: a checkpoint's tokenizer.json. Leaves: ids of a text, and for each id the bytes
 //! it adds to a text, exact also where a character is spread over tokens. Loading and long texts take milliseconds to
-//! seconds: callers on the runtime use a blocking thread. The memory of tokenizing is bounded, however long a text is.
+//! seconds: callers on the runtime use a blocking thread. Tokenizing takes memory for a piece of a text; texts that cannot
+//! be cut into pieces take turns.
 
 mod pieces;
 
@@ -12,7 +13,7 @@ use serde_json::Value;
 
 use crate::batch::TokenId;
 use crate::model::{TOKENIZER_FILE, files};
-use crate::tokenizer::pieces::{Cuts, PIECE_BYTES, STRETCH_BYTES_MAX};
+use crate::tokenizer::pieces::{Cuts, PIECE_BYTES, Piece};
 
 /// Ten times as long as the longest known.
 const FILE_BYTES_MAX: u64 = 256 << 20;
@@ -35,11 +36,6 @@ pub enum TokenizerError {
 pub enum EncodeError {
     #[error("the text cannot be tokenized: {0}")]
     Failed(String),
-    /// It would take too much memory.
-    #[error(
-        "the text holds {STRETCH_BYTES_MAX} bytes in which no word ends; put spaces between them or send tokens"
-    )]
-    Stretch,
     /// The caller wants no more.
     #[error("the text has more than {0} tokens")]
     TooManyTokens(usize),
@@ -127,28 +123,41 @@ impl Tokenizer {
             (&[][..], &[][..])
         };
         let mut ids = before.to_vec();
-        let mut rest = text;
-        while !rest.is_empty() {
-            let (piece, behind) = match &self.cuts {
-                None => (rest, ""),
-                Some(cuts) => cuts.cut(rest, PIECE_BYTES).ok_or(EncodeError::Stretch)?,
-            };
-            self.encode_piece(piece, &mut ids)?;
+        let mut take = |piece: &str, known: usize| {
+            self.encode_piece(piece, known, &mut ids)?;
             if ids.len() + after.len() > tokens_max {
                 return Err(EncodeError::TooManyTokens(tokens_max));
             }
-            rest = behind;
+            Ok(())
+        };
+        match &self.cuts {
+            None => take(text, 0)?,
+            Some(cuts) => {
+                let mut piece = Piece::none_of(text);
+                while let Some(next) = cuts.next(piece, PIECE_BYTES) {
+                    take(next.text, next.known)?;
+                    piece = next;
+                }
+            }
         }
         ids.extend(after);
         Ok(ids)
     }
 
-    fn encode_piece(&self, piece: &str, ids: &mut Vec<TokenId>) -> Result<(), EncodeError> {
+    /// Adds the tokens of a piece behind its first bytes, which are `known`.
+    fn encode_piece(
+        &self,
+        piece: &str,
+        known: usize,
+        ids: &mut Vec<TokenId>,
+    ) -> Result<(), EncodeError> {
         let _turn = (piece.len() > PIECE_BYTES)
             .then(|| self.long_piece.lock().unwrap_or_else(PoisonError::into_inner));
-        let encoding =
-            self.inner.encode_fast(piece, false).map_err(|e| EncodeError::Failed(e.to_string()))?;
-        ids.extend(encoding.get_ids());
+        let encode = |text: &str| {
+            self.inner.encode_fast(text, false).map_err(|e| EncodeError::Failed(e.to_string()))
+        };
+        let known = if known == 0 { 0 } else { encode(&piece[..known])?.len() };
+        ids.extend(&encode(piece)?.get_ids()[known..]);
         Ok(())
     }
 
@@ -318,6 +327,18 @@ mod tests {
         let ids = tokenizer.encode(text, false, usize::MAX).unwrap();
         assert_eq!(ids.len(), text.len());
         assert_eq!(tokenizer.text(&ids, false), text);
+    }
+
+    #[test]
+    fn a_text_that_cannot_be_cut_is_tokenized_whole_however_long_it_is() {
+        let tokenizer = load(&byte_level()).unwrap();
+        for stretch in ["x", "汉", "="] {
+            let text = stretch.repeat(300_000 / stretch.len());
+            let ids = tokenizer.encode(&text, false, usize::MAX).unwrap();
+            assert!(tokenizer.text(&ids, false) == text, "{stretch}");
+        }
+        let refused = tokenizer.encode(&"x".repeat(300_000), false, 100_000).unwrap_err();
+        assert!(matches!(refused, EncodeError::TooManyTokens(100_000)), "{refused}");
     }
 
     #[test]

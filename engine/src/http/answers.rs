@@ -1,6 +1,7 @@
 //! Answers that leave as a whole, from their last byte's making to its taking. Enters: a response. Leaves: the same, its
 //! bytes counted until the socket has them, however slowly they are taken; or a refusal, when those that wait for their
-//! readers hold all there is. Streams are made as they are read and need no share.
+//! readers hold all there is. What a device has computed is not refused any more: there must be room before it begins.
+//! Streams are made as they are read and need no share.
 
 use std::sync::Arc;
 
@@ -16,9 +17,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::http::errors::ApiError;
 use crate::http::state::App;
+use crate::request::Request as EngineRequest;
 
 /// Bytes that every answer may hold whatever the others do.
 const FREE_BYTES: u64 = 4 << 10;
+/// What has to be left for an answer that may be as large or larger, before it is generated.
+const ROOM_BYTES: u64 = 64 << 10;
+/// Bytes of a token's text in an answer, more than the average of any language.
+const TOKEN_TEXT_BYTES: u64 = 8;
 const RETRY_SECONDS: u64 = 1;
 
 /// What all such answers may hold beyond their first bytes.
@@ -40,9 +46,25 @@ impl AnswerBudget {
             ApiError::busy(full, RETRY_SECONDS).code("answers_full")
         })
     }
+
+    /// Whether what these requests generate may begin. Nothing is held for it: most answers end long before their bound.
+    pub fn has_room(&self, requests: &[EngineRequest]) -> Result<(), ApiError> {
+        let tokens = |request: &EngineRequest| {
+            u64::from(request.choices) * u64::from(request.stop.output_tokens_max)
+        };
+        let bytes = TOKEN_TEXT_BYTES * requests.iter().map(tokens).sum::<u64>();
+        self.take(bytes.min(FREE_BYTES + ROOM_BYTES)).map(drop)
+    }
+
+    /// A share for an answer that leaves in any case: as much of it as is left.
+    fn take_what_is_left(&self, bytes: u64) -> Option<OwnedSemaphorePermit> {
+        let bytes = bytes.saturating_sub(FREE_BYTES).min(self.0.available_permits() as u64);
+        let bytes = u32::try_from(bytes).expect("the budget is some MiB");
+        self.0.clone().try_acquire_many_owned(bytes).ok()
+    }
 }
 
-/// Bytes of a response that hold a share already.
+/// Bytes of a generated response that hold a share already.
 #[derive(Clone, Copy)]
 struct Counted(u64);
 
@@ -62,7 +84,7 @@ fn held(bytes: impl AsRef<[u8]> + Send + 'static, share: impl Send + 'static) ->
     Body::from(Bytes::from_owner(Held { bytes, _share: share }))
 }
 
-/// An answer of JSON that holds `share`, in which `counted` of its bytes are counted.
+/// A generated answer of JSON that holds `share`, in which `counted` of its bytes are counted.
 pub fn json(json: Vec<u8>, share: impl Send + 'static, counted: u64) -> Response {
     let mut response =
         ([(header::CONTENT_TYPE, "application/json")], held(json, share)).into_response();
@@ -70,17 +92,23 @@ pub fn json(json: Vec<u8>, share: impl Send + 'static, counted: u64) -> Response
     response
 }
 
-/// Counts every whole answer.
+/// Counts every whole answer of the API.
 pub async fn count(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let (parts, body) = next.run(request).await.into_parts();
-    let counted = parts.extensions.get().map_or(0, |Counted(bytes)| *bytes);
+    let generated = parts.extensions.get().map(|Counted(bytes)| *bytes);
+    let counted = generated.unwrap_or(0);
     let bytes = HttpBody::size_hint(&body).exact().unwrap_or(0).saturating_sub(counted);
     if bytes <= FREE_BYTES {
         return Response::from_parts(parts, body);
     }
-    let share = match app.answers.take(bytes) {
-        Ok(share) => share,
-        Err(refusal) => return refusal.into_response(),
+    // An error says what is wrong, and is short.
+    let share = if generated.is_some() || !parts.status.is_success() {
+        app.answers.take_what_is_left(bytes)
+    } else {
+        match app.answers.take(bytes) {
+            Ok(share) => Some(share),
+            Err(refusal) => return refusal.into_response(),
+        }
     };
     match body.collect().await {
         Ok(collected) => Response::from_parts(parts, held(collected.to_bytes(), share)),
@@ -101,6 +129,12 @@ mod tests {
         assert_eq!((refused.status.as_u16(), refused.code), (429, Some("answers_full")));
         drop(budget.take(FREE_BYTES).unwrap());
         drop(largest);
+        drop(budget.take(whole).unwrap());
+        // What leaves in any case takes what it finds.
+        let other = budget.take(ANSWERS_BYTES_MAX).unwrap();
+        let rest = budget.take_what_is_left(whole).unwrap();
+        assert_eq!(rest.num_permits() as u64, FREE_BYTES);
+        drop((other, rest));
         drop(budget.take(whole).unwrap());
     }
 }

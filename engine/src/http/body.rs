@@ -154,7 +154,11 @@ pub async fn read(app: &App, request: Request) -> Result<Body, ApiError> {
         biased;
         read = collect(request, &app.bodies) => read,
         () = tokio::time::sleep(app.body_time_max) => Err(ApiError::body_too_slow(app.body_time_max)),
-        () = late => Err(ApiError::body_too_slow(app.late_body_time_max)),
+        // The client had more time than this, had the process stayed.
+        () = late => {
+            let late = "the body was not here when this process stopped accepting; send it again";
+            Err(ApiError::unavailable(late, RETRY_SECONDS).code("shutting_down"))
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! The server's sockets. Enters: a listener. Leaves: requests to the router, answers to clients. Bounds what a client
 //! may hold: the number of connections, the time for a request's head, the time of doing nothing, and the time of not
-//! reading an answer. When all seats are taken, a newcomer gets that of the longest idle. Bodies and requests have their own
+//! reading an answer, also of reading it a byte now and then. When all seats are taken, a newcomer gets that of the longest idle. Bodies and requests have their own
 //! bounds; here nothing is known of them.
 
 mod seats;
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
@@ -42,6 +43,8 @@ pub struct ConnectionLimits {
     pub idle_time_min: Duration,
     /// For a client to take the next byte of an answer; one that stopped reading loses its request.
     pub write_time_max: Duration,
+    /// Bytes a second at which an answer that leaves as a whole is taken, `write_time_max` aside: it is held until then.
+    pub answer_rate_min: u32,
 }
 
 impl Default for ConnectionLimits {
@@ -52,6 +55,7 @@ impl Default for ConnectionLimits {
             idle_time_max: Duration::from_secs(120),
             idle_time_min: Duration::from_secs(1),
             write_time_max: Duration::from_secs(60),
+            answer_rate_min: 64 << 10,
         }
     }
 }
@@ -144,7 +148,9 @@ impl Activity {
     /// When the connection will have been at it for too long, and what to call that.
     fn deadline(self, limits: ConnectionLimits) -> Option<(Instant, &'static str)> {
         if let Some(since) = self.unread_since {
-            return Some((since + limits.write_time_max, "the client does not read its answer"));
+            let next_byte = (since + limits.write_time_max, "the client does not read its answer");
+            let all = self.taken_by.map(|by| (by, "the client reads its answer too slowly"));
+            return all.into_iter().chain([next_byte]).min();
         }
         match self.phase {
             Phase::Idle(since) => Some((since + limits.idle_time_max, "nothing was asked")),
@@ -152,6 +158,17 @@ impl Activity {
             Phase::Busy => None,
             Phase::Leaving(since) => Some((since, "its seat was wanted")),
         }
+    }
+
+    /// An answer begins, of so many bytes if it leaves as a whole.
+    fn answer(&mut self, bytes: Option<u64>, limits: ConnectionLimits) {
+        let seconds = |bytes: u64| bytes as f64 / f64::from(limits.answer_rate_min);
+        let time = bytes.map(|bytes| Duration::from_secs_f64(seconds(bytes)));
+        self.taken_by = match (self.unread_since, self.taken_by) {
+            // Behind one that is not taken yet.
+            (Some(_), Some(by)) => Some(by + time.unwrap_or_default()),
+            _ => time.map(|time| Instant::now() + limits.write_time_max + time),
+        };
     }
 }
 
@@ -170,7 +187,12 @@ async fn connection(
         activities.send_modify(|activity| activity.phase = Phase::Busy);
         let answer = Answer { activities: activities.clone() };
         let response = router.call(request.map(Body::new));
-        async move { response.await.map(|r| r.map(|inner| Answered { inner, _answer: answer })) }
+        async move {
+            let response = response.await?;
+            let bytes = HttpBody::size_hint(response.body()).exact();
+            answer.activities.send_modify(|activity| activity.answer(bytes, limits));
+            Ok::<_, Infallible>(response.map(|inner| Answered { inner, _answer: answer }))
+        }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())

@@ -73,7 +73,9 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/completions", post(text_completions))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
-        .route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
+        .route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key))
+        // Probes and metrics are answered whatever waits for its reader.
+        .route_layer(middleware::from_fn_with_state(app.clone(), answers::count));
     Router::new()
         .merge(api)
         .route("/health", get(admin::health))
@@ -86,7 +88,6 @@ pub fn router(app: Arc<App>) -> Router {
         .method_not_allowed_fallback(async |request: Request| {
             ApiError::method_not_allowed(request.method().as_str(), request.uri().path())
         })
-        .layer(middleware::from_fn_with_state(app.clone(), answers::count))
         .layer(middleware::from_fn_with_state(app.clone(), close_while_draining))
         .with_state(app)
 }
@@ -128,6 +129,7 @@ async fn chat_completions(
     let tokenizer = served.tokenizer.clone();
     let Some(options) = stream else {
         let share = app.reports.take(reported)?;
+        app.answers.has_room(&prepared.requests)?;
         let generation = start(&served, prepared, &identity)?;
         let answer = chat::collect(generation, identity, &tokenizer, with_logprobs).await?;
         let json = serde_json::to_vec(&answer).expect("our own types serialize");
@@ -150,6 +152,7 @@ async fn text_completions(
     let Some(options) = stream else {
         let echoed = completions::echoed_bytes(&echo, &prepared.requests);
         let share = (app.reports.take(reported)?, app.answers.take(echoed)?);
+        app.answers.has_room(&prepared.requests)?;
         let generation = start(&served, prepared, &identity)?;
         let answer =
             completions::collect(generation, identity, tokenizer, with_logprobs, &echo).await?;

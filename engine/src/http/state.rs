@@ -33,6 +33,8 @@ const TEXT_BYTES_MIN: u64 = 64 << 10;
 const PREPARING_MAX: usize = 8;
 /// Bytes of them together: parsed, written by a template and tokenized, each holds some times its size.
 const PREPARING_BYTES_MAX: usize = BODY_BYTES_MAX;
+/// Bodies of up to this size, as many again at once, wait for no larger ones: most are, and are ready in milliseconds.
+const SMALL_BODY_BYTES: usize = 64 << 10;
 
 /// A loaded model and the engine that runs it.
 pub struct Served {
@@ -95,7 +97,6 @@ impl Served {
         let tokens_max = usize::try_from(tokens_max).unwrap_or(usize::MAX);
         self.tokenizer.encode(text, add_special_tokens, tokens_max).map_err(|error| {
             let code = match error {
-                EncodeError::Stretch => "word_too_long",
                 EncodeError::TooManyTokens(_) => "context_length_exceeded",
                 EncodeError::Failed(_) => "tokenizer_error",
             };
@@ -150,11 +151,14 @@ pub struct App {
     preparing: Arc<Semaphore>,
     /// What each takes of it at least.
     preparing_bytes_min: usize,
+    /// Small ones.
+    preparing_small: Arc<Semaphore>,
 }
 
 impl App {
     pub fn new(name: String, keys: Option<ApiKeys>) -> App {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let at_once = cores.min(PREPARING_MAX);
         App {
             name,
             keys,
@@ -169,7 +173,8 @@ impl App {
             progress: Mutex::new("starting".to_owned()),
             life: watch::Sender::new(Life::Serving),
             preparing: Arc::new(Semaphore::new(PREPARING_BYTES_MAX)),
-            preparing_bytes_min: PREPARING_BYTES_MAX / cores.min(PREPARING_MAX),
+            preparing_bytes_min: PREPARING_BYTES_MAX / at_once,
+            preparing_small: Arc::new(Semaphore::new(at_once)),
         }
     }
 
@@ -212,11 +217,15 @@ impl App {
         life.wait_for(|life| *life == Life::Closing).await.expect("its sender is our own");
     }
 
-    /// The right to make a body of so many bytes ready; first come, first served.
+    /// The right to make a body of so many bytes ready; first come, first served among small ones and among others.
     pub async fn preparing(&self, body_bytes: usize) -> OwnedSemaphorePermit {
-        let bytes = body_bytes.clamp(self.preparing_bytes_min, PREPARING_BYTES_MAX);
-        let bytes = u32::try_from(bytes).expect("some MiB");
-        let permit = self.preparing.clone().acquire_many_owned(bytes).await;
+        let (of, permits) = if body_bytes <= SMALL_BODY_BYTES {
+            (&self.preparing_small, 1)
+        } else {
+            (&self.preparing, body_bytes.clamp(self.preparing_bytes_min, PREPARING_BYTES_MAX))
+        };
+        let permits = u32::try_from(permits).expect("some MiB");
+        let permit = of.clone().acquire_many_owned(permits).await;
         permit.expect("the semaphore is never closed")
     }
 
@@ -245,4 +254,27 @@ fn unix_seconds() -> u64 {
 /// Not for secrets: every hasher of the standard library starts from keys of its own.
 fn random_u64() -> u64 {
     RandomState::new().build_hasher().finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn small_bodies_wait_for_each_other_and_for_no_large_one() {
+        let app = App::new("model".into(), None);
+        let soon = Duration::from_secs(1);
+        let waits = async |bytes| tokio::time::timeout(soon, app.preparing(bytes)).await.ok();
+        let large = waits(BODY_BYTES_MAX).await.expect("it is the first");
+        assert!(waits(SMALL_BODY_BYTES + 1).await.is_none(), "the bytes are taken");
+        let mut small = Vec::new();
+        while let Some(permit) = waits(SMALL_BODY_BYTES).await {
+            small.push(permit);
+        }
+        assert!((1..=PREPARING_MAX).contains(&small.len()), "{}", small.len());
+        small.pop();
+        assert!(waits(100).await.is_some());
+        drop(large);
+        assert!(waits(BODY_BYTES_MAX).await.is_some());
+    }
 }

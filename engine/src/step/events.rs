@@ -18,7 +18,9 @@ use crate::scheduler::{Ask, RequestId};
 pub const CHOICE_EVENTS_MAX: u32 = 4096;
 
 /// Events of a request that may wait whatever the others do: a reader that keeps up is not cut for those that do not.
-const FREE_EVENTS: usize = 32;
+const FREE_EVENTS_MIN: usize = 32;
+/// The same for each choice: its prompt, and what two steps bring before the reader has run.
+const FREE_EVENTS_OF_CHOICE: usize = 3;
 /// An event of more bytes is never free.
 const FREE_EVENT_BYTES: usize = 1 << 10;
 
@@ -61,11 +63,13 @@ pub(super) fn events(
     let cut = Arc::new(OnceLock::new());
     let open = vec![true; ask.choices as usize];
     let stream = RequestStream { id, events: receiver, cut: Arc::clone(&cut), commands, open };
-    (EventSender { events: sender, backlog, cut }, stream)
+    let free_events = FREE_EVENTS_MIN.max(FREE_EVENTS_OF_CHOICE * ask.choices as usize);
+    (EventSender { events: sender, free_events, backlog, cut }, stream)
 }
 
 pub struct EventSender {
     events: Sender<Waiting>,
+    free_events: usize,
     backlog: Backlog,
     /// Why the listener gets no more, once that is so.
     cut: Arc<OnceLock<&'static str>>,
@@ -89,7 +93,7 @@ impl EventSender {
     /// What an event takes of the backlog.
     fn share(&self, event: &Event) -> Result<Option<OwnedSemaphorePermit>, TryAcquireError> {
         let (waiting, bytes) = (self.events.max_capacity() - self.events.capacity(), event.bytes());
-        if waiting < FREE_EVENTS && bytes <= FREE_EVENT_BYTES {
+        if waiting < self.free_events && bytes <= FREE_EVENT_BYTES {
             return Ok(None);
         }
         self.backlog.take(bytes).map(Some)
@@ -194,12 +198,24 @@ mod tests {
         while hoarding.send(token()) {
             sent += 1;
         }
-        let most = EVENTS_BYTES_MAX as usize / token().bytes() + FREE_EVENTS;
+        let most = EVENTS_BYTES_MAX as usize / token().bytes() + 64 * FREE_EVENTS_OF_CHOICE;
         assert_eq!(sent, most, "less than the {} of the channel", 64 * CHOICE_EVENTS_MAX);
         let (prompt, mut reader) = open(1);
         for _ in 0..1000 {
             assert!(prompt.send(token()), "it waits for nobody");
             assert_eq!(reader.next().await, Some(token()));
+        }
+        // All choices at once: a step brings their prompts, each of the next two a token.
+        let (many, mut reader) = open(3);
+        for choice in 0..64 {
+            assert!(many.send(Event::Prompt { choice, cached_tokens: 0, logprobs: Vec::new() }));
+        }
+        for choice in (0..64).chain(0..64) {
+            assert!(many.send(Event::Token { choice, token: 7, logprob: None }));
+        }
+        assert!(!many.send(token()), "a third step waits for its reader");
+        for _ in 0..3 * 64 {
+            assert!(!matches!(reader.next().await, Some(Event::Failed { .. })));
         }
         drop(hoarder);
         let (late, _unread) = open(2);

@@ -1,14 +1,17 @@
 //! Cuts a long text into pieces that have, one after the other, the tokens of the whole, so that tokenizing takes memory
-//! for a piece and not for the text. Enters: a tokenizer and its vocabulary's bytes; then texts. Leaves: pieces, or the
-//! stretch that has no place to be cut. A tokenizer with a step that is not known here is never cut. Pure.
+//! for a piece and not for the text. Enters: a tokenizer and its vocabulary's bytes; then texts. Leaves: pieces; a stretch
+//! without a place to be cut is one, however long. A tokenizer with a step that is not known here is never cut. Pure.
 //!
-//! A text is cut only behind a letter or digit (a "word"), and only where every step starts anew:
+//! A text is cut behind a character that is no space, and only where every step starts anew:
 //!
-//! - added tokens: none holds a word followed by the character behind the cut, none takes spaces around it;
+//! - added tokens: none holds such a character followed by the one behind the cut, none takes spaces around it;
 //! - the normalizer changes no character by what stands beyond a cut;
 //! - the pre-tokenizer splits by a pattern that is known ([`PATTERNS`]): none of its alternatives goes on from a letter or
-//!   digit to what is neither, or from one of them to the other, and none looks behind; or
-//! - without such a pattern the model merges pairs, and no token of its vocabulary spans a cut, so that no merge does.
+//!   digit to what is neither, or from one of them to the other, or from anything else to a space that breaks no line,
+//!   and none looks behind; or
+//! - without such a pattern the model merges pairs, and no token of its vocabulary spans a cut, so that no merge does;
+//! - where a space is put before every text, a piece begins with the last character of the one before (it is "known"),
+//!   which takes that space; the tokens of both are those of the known character and are left out.
 
 use std::collections::BTreeSet;
 
@@ -17,12 +20,11 @@ use tokenizers::models::ModelWrapper;
 
 /// Bytes of a piece, if there is a place to cut before.
 pub const PIECE_BYTES: usize = 2 << 10;
-/// Bytes without a place to cut that are still tokenized. Words of people and programs are far shorter; encoded data has
-/// digits beside letters, or punctuation.
-pub const STRETCH_BYTES_MAX: usize = 64 << 10;
-
-/// What may follow a word at a cut: neither letter, number nor mark.
-const FOLLOWERS: &str = " \t\n\r!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~，。、；：！？";
+/// What may follow a letter or digit at a cut: neither letter, number nor mark.
+const FOLLOWERS: &str =
+    " \t\n\r!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~\u{3000}，。、；：！？「」『』（）・।،؛؟۔";
+/// What may follow any character but spaces, whatever its script and class: spaces that break no line.
+const SPACES: &str = " \t\u{3000}";
 
 /// Patterns by which tokenizers of the supported families split; GPT-2's stands in the step `ByteLevel` itself.
 const PATTERNS: [&str; 3] = [
@@ -36,33 +38,59 @@ const PATTERNS: [&str; 3] = [
 
 /// SentencePiece's space.
 const SPACE_MARK: &str = "▁";
+const SPACE_MARK_CHAR: char = '▁';
 
 /// Places where texts are cut.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cuts {
-    /// What follows a word behind a cut.
-    followers: BTreeSet<char>,
+    /// What stands around a cut.
+    borders: BTreeSet<(Kind, char)>,
     /// Letters are cut from digits.
     kinds: bool,
-    /// The tokenizer puts a space before every text, which stands for the one at the cut.
-    space_is_put_back: bool,
+    /// The tokenizer puts a space before a text, so that a piece begins with a known character.
+    with_known: bool,
+    /// Ends of added tokens, which are no known characters: where one stands, it is no text.
+    ends: BTreeSet<char>,
 }
 
+/// A piece of a text and what is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Piece<'t> {
+    pub text: &'t str,
+    /// Its first bytes that stand in the piece before too.
+    pub known: usize,
+    rest: &'t str,
+    known_of_rest: usize,
+}
+
+impl<'t> Piece<'t> {
+    /// Before the first piece.
+    pub fn none_of(text: &'t str) -> Piece<'t> {
+        Piece { text: "", known: 0, rest: text, known_of_rest: 0 }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Letter,
     Digit,
+    /// ASCII's punctuation.
+    Sign,
+    /// No space.
+    Other,
 }
+
+const KINDS: [Kind; 4] = [Kind::Letter, Kind::Digit, Kind::Sign, Kind::Other];
 
 /// What the steps before the model do to a text.
 #[derive(Clone, Copy, Debug, Default)]
 struct Steps {
     /// They split it by a known pattern.
     split: bool,
-    /// They put a space before it, whatever it begins with.
+    /// They write spaces as [`SPACE_MARK`], which is none for a pattern.
+    mark_spaces: bool,
+    /// They put a space before it.
     put_space: bool,
-    /// They put a space before it unless it begins with one.
-    put_missing_space: bool,
 }
 
 impl Cuts {
@@ -72,31 +100,34 @@ impl Cuts {
         vocabulary: impl Iterator<Item = &'v [u8]>,
     ) -> Option<Cuts> {
         let steps = steps(tokenizer)?;
-        let mut cuts = Cuts {
-            followers: FOLLOWERS.chars().collect(),
-            kinds: steps.split,
-            space_is_put_back: steps.put_space,
+        let pairs = |kind: Kind, chars: &'static str| chars.chars().map(move |c| (kind, c));
+        let words = pairs(Kind::Letter, FOLLOWERS).chain(pairs(Kind::Digit, FOLLOWERS));
+        let others = match steps {
+            Steps { split: false, .. } => FOLLOWERS,
+            Steps { mark_spaces: true, .. } => "",
+            _ => SPACES,
         };
-        if steps.put_space || steps.put_missing_space {
-            cuts.followers.retain(|&c| c == ' ');
-            cuts.kinds = false;
-        }
+        let mut cuts = Cuts {
+            borders: words
+                .chain(pairs(Kind::Sign, others))
+                .chain(pairs(Kind::Other, others))
+                .collect(),
+            kinds: steps.split && !steps.put_space,
+            with_known: steps.put_space,
+            ends: BTreeSet::new(),
+        };
         if !steps.split {
             if !merges_alone(tokenizer) {
                 return None;
             }
-            // A byte of a longer character could be part of a token that spans a cut.
-            cuts.followers.retain(char::is_ascii);
             vocabulary.for_each(|token| cuts.spare(&String::from_utf8_lossy(token)));
         }
         for token in tokenizer.get_added_tokens_decoder().values() {
             if token.lstrip || token.rstrip || token.single_word {
                 return None;
             }
-            if steps.put_space && token.content.starts_with(|c| kind(c).is_some()) {
-                return None;
-            }
             cuts.spare(&token.content);
+            cuts.ends.extend(token.content.chars().last().filter(|_| steps.put_space));
         }
         Some(cuts)
     }
@@ -104,61 +135,73 @@ impl Cuts {
     /// Never cut where this token would be.
     fn spare(&mut self, token: &str) {
         for (left, right) in token.chars().zip(token.chars().skip(1)) {
-            // What is broken may be the end of a letter.
-            let left =
-                if left == char::REPLACEMENT_CHARACTER { Some(Kind::Letter) } else { kind(left) };
-            match (left, kind(right)) {
-                (None, _) => {}
-                (Some(_), None) => _ = self.followers.remove(&right),
-                (Some(left), Some(right)) => self.kinds &= left == right,
+            // What is broken may be the end of a character of any kind, or the beginning of any that is not of one byte.
+            let broken = left == char::REPLACEMENT_CHARACTER;
+            let lefts = KINDS.into_iter().filter(|&of| broken || kind(left) == Some(of));
+            for left in lefts {
+                match right {
+                    char::REPLACEMENT_CHARACTER => {
+                        self.borders.retain(|(of, right)| *of != left || right.is_ascii());
+                    }
+                    _ => _ = self.borders.remove(&(left, right)),
+                }
+                self.kinds &= !different_words(left, kind(right));
             }
         }
-    }
-
-    /// Whether a text may be cut behind `left`; `rest` is not empty.
-    fn between(&self, left: char, rest: &str) -> bool {
-        let mut rest = rest.chars();
-        let right = rest.next().expect("something is left");
-        match (kind(left), kind(right)) {
-            (None, _) => false,
-            (Some(left), Some(right)) => self.kinds && left != right,
-            (Some(_), None) => {
-                let mut put_back = || rest.next().is_some_and(|c| kind(c).is_some());
-                self.followers.contains(&right) && (!self.space_is_put_back || put_back())
-            }
+        // Single bytes that were merged.
+        if token.contains("<0x") {
+            self.borders.retain(|(_, right)| right.is_ascii());
         }
     }
 
-    /// Cuts off a piece of up to `piece_bytes`, or of more where nothing before may be cut. None if that is more than
-    /// [`STRETCH_BYTES_MAX`].
-    pub fn cut<'t>(&self, text: &'t str, piece_bytes: usize) -> Option<(&'t str, &'t str)> {
-        if text.len() <= piece_bytes {
-            return Some((text, ""));
-        }
-        let (piece, rest) = text.split_at(self.piece(text, piece_bytes)?);
-        let space = if self.space_is_put_back { " " } else { "" };
-        Some((piece, rest.strip_prefix(space).unwrap_or(rest)))
+    /// Whether a text may be cut between these.
+    fn between(&self, left: char, right: char) -> bool {
+        let Some(of) = kind(left) else { return false };
+        let borders =
+            self.borders.contains(&(of, right)) || self.kinds && different_words(of, kind(right));
+        borders && !self.ends.contains(&left)
     }
 
-    /// The length of that piece.
-    fn piece(&self, text: &str, piece_bytes: usize) -> Option<usize> {
+    /// The piece behind `piece`: of up to `piece_bytes`, or of more where nothing before may be cut. None at the end.
+    pub fn next<'t>(&self, piece: Piece<'t>, piece_bytes: usize) -> Option<Piece<'t>> {
+        let Piece { rest: text, known_of_rest: known, .. } = piece;
+        if text.len() == known {
+            return None;
+        }
+        let (at, last) = self.cut(text, known, piece_bytes);
+        let from = if self.with_known { at - last.len_utf8() } else { at };
+        let known_of_rest = at - from;
+        Some(Piece { text: &text[..at], known, rest: &text[from..], known_of_rest })
+    }
+
+    /// Where the piece ends, and its last character.
+    fn cut(&self, text: &str, known: usize, piece_bytes: usize) -> (usize, char) {
         let mut chars = text.char_indices();
-        let (_, mut left) = chars.next()?;
+        let (_, mut left) = chars.next().expect("something is left");
         let mut last = None;
-        for (at, right) in chars {
-            if at > STRETCH_BYTES_MAX || (at > piece_bytes && last.is_some()) {
-                break;
+        if text.len() > piece_bytes {
+            for (at, right) in chars.by_ref() {
+                if at > piece_bytes && last.is_some() {
+                    break;
+                }
+                if at > known && self.between(left, right) {
+                    last = Some((at, left));
+                }
+                left = right;
             }
-            if self.between(left, &text[at..]) {
-                last = Some(at);
-            }
-            left = right;
         }
-        last.or((text.len() <= STRETCH_BYTES_MAX).then_some(text.len()))
+        let end = || (text.len(), text.chars().last().expect("something is left"));
+        last.unwrap_or_else(end)
     }
 }
 
-/// Letters of much-used scripts, in whole blocks that hold nothing else, and decimal digits. Others only cut less.
+fn different_words(left: Kind, right: Option<Kind>) -> bool {
+    matches!((left, right), (Kind::Letter, Some(Kind::Digit)) | (Kind::Digit, Some(Kind::Letter)))
+}
+
+/// Letters of some scripts, in whole blocks that hold nothing else, and decimal digits. Of other scripts letters are like
+/// marks and punctuation here: a text is cut behind them at spaces alone, which is where people put them. None for what is,
+/// or was in some version of Unicode, a space, and for what stands for one.
 fn kind(c: char) -> Option<Kind> {
     match c {
         '0'..='9' => Some(Kind::Digit),
@@ -171,7 +214,10 @@ fn kind(c: char) -> Option<Kind> {
         // Kana, Chinese characters, Hangul.
         '\u{3041}'..='\u{3096}' | '\u{30a1}'..='\u{30fa}' => Some(Kind::Letter),
         '\u{4e00}'..='\u{9fd5}' | '\u{ac00}'..='\u{d7a3}' => Some(Kind::Letter),
-        _ => None,
+        SPACE_MARK_CHAR | '\u{180e}' | '\u{200b}' | '\u{feff}' => None,
+        c if c.is_whitespace() || c.is_control() => None,
+        c if c.is_ascii() => Some(Kind::Sign),
+        _ => Some(Kind::Other),
     }
 }
 
@@ -209,7 +255,9 @@ fn normalizer(step: &Value, steps: &mut Steps) -> Option<()> {
         // Composes marks and parts of Hangul with what stands before them, none of which follows a cut.
         "NFC" => {}
         "Prepend" if step["prepend"] == SPACE_MARK => steps.put_space = true,
-        "Replace" if step["pattern"]["String"] == " " && step["content"] == SPACE_MARK => {}
+        "Replace" if step["pattern"]["String"] == " " && step["content"] == SPACE_MARK => {
+            steps.mark_spaces = true;
+        }
         _ => return None,
     }
     Some(())
@@ -229,7 +277,8 @@ fn pre_tokenizer(step: &Value, steps: &mut Steps) -> Option<()> {
         }
         "Digits" => {}
         "Metaspace" if step["replacement"] == SPACE_MARK => {
-            steps.put_missing_space = step["prepend_scheme"] != "never";
+            steps.mark_spaces = true;
+            steps.put_space |= step["prepend_scheme"] != "never";
         }
         _ => return None,
     }

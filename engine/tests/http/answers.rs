@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use plimsoll_engine::step::PulseLimits;
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::world::{
     Client, Options, VOCABULARY, World, assert_all_free, chat, completion, get, loading_world,
@@ -357,6 +358,64 @@ async fn a_full_queue_refuses_with_429_and_a_time() {
         task.abort();
     }
     assert_all_free(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_reads_refuse_no_probe_and_no_answer_that_was_begun() {
+    let world = world(Options { step_time: Duration::from_millis(2), ..Options::default() }).await;
+    let large = completion(json!("x"), json!({"max_tokens": 600, "n": 12, "ignore_eos": true}));
+    let begun = {
+        let (address, body) = (world.address, large.clone());
+        tokio::spawn(async move {
+            Client::connect(address).await.unwrap().post("/v1/completions", &body).await
+        })
+    };
+    while world.app.served().unwrap().engine.state().running == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let unread = world.app.answers.take(u64::MAX).unwrap();
+    for path in ["/health", "/ready", "/metrics", "/version"] {
+        assert_eq!(get(&world, path).await.status, 200, "{path}");
+    }
+    assert!(get(&world, "/metrics").await.body.len() > 4 << 10, "more than what is free");
+    let texts = chat("x", json!({"max_tokens": 1800}));
+    for (path, body) in [("/v1/completions", &large), ("/v1/chat/completions", &texts)] {
+        let refused = post(&world, path, body).await;
+        assert_eq!(refused.json()["error"]["code"], "answers_full", "{path}");
+    }
+    assert_eq!(world.app.served().unwrap().engine.state().waiting, 0, "refused before it began");
+    let small = completion(json!("x"), json!({"max_tokens": 3}));
+    assert_eq!(post(&world, "/v1/completions", &small).await.status, 200);
+    let answer = begun.await.unwrap();
+    assert_eq!(answer.status, 200, "{:?}", answer.body);
+    assert!(answer.body.len() > 4 << 10);
+    drop(unread);
+    assert_all_free(&world).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_reads_a_whole_answer_a_little_now_and_then_holds_it_for_no_longer_than_its_time() {
+    let mut options = Options { send_buffer_bytes: Some(8192), ..Options::default() };
+    options.connections.write_time_max = Duration::from_secs(1);
+    options.connections.answer_rate_min = 4 << 20;
+    let world = world(options).await;
+    let body = json!({"tokens": vec![1; 350_000]}).to_string();
+    let head =
+        format!("POST /detokenize HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut stream = socket.connect(world.address).await.unwrap();
+    stream.write_all((head + &body).as_bytes()).await.unwrap();
+    // Each token is `\u0001` in the answer: two MiB.
+    let reads = async {
+        let mut part = [0; 400];
+        while stream.read(&mut part).await.is_ok_and(|bytes| bytes > 0) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let time_max = Duration::from_secs(20);
+    tokio::time::timeout(time_max, reads).await.expect("2 MiB at 40 kB/s take 50 s");
+    drop(world.app.answers.take(u64::MAX).expect("nothing is held any more"));
 }
 
 #[tokio::test(flavor = "multi_thread")]

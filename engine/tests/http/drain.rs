@@ -170,7 +170,8 @@ async fn a_body_that_is_half_here_when_no_more_is_accepted_does_not_hold_the_dra
     tokio::time::timeout(Duration::from_secs(60), drain).await.expect("nothing holds it");
     let mut answer = String::new();
     slow.read_to_string(&mut answer).await.unwrap();
-    assert!(answer.starts_with("HTTP/1.1 408"), "{answer:?}");
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer:?}");
+    assert!(answer.contains("shutting_down") && answer.contains("retry-after: 1"), "{answer:?}");
     assert!(answer.contains("connection: close"), "{answer:?}");
 }
 

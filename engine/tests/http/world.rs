@@ -24,7 +24,7 @@ use plimsoll_engine::serve::Server;
 use plimsoll_engine::step::{self, Limits, PulseLimits};
 use plimsoll_engine::tokenizer::Tokenizer;
 use serde_json::{Value, json};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 
 pub const MODEL: &str = "scripted";
 /// 256 bytes, BOS, the end of a turn, and ids without a token up to here.
@@ -39,6 +39,8 @@ pub struct Options {
     pub step_time: Duration,
     pub keys: Option<PathBuf>,
     pub connections: ConnectionLimits,
+    /// What the system takes of an answer before its client does; much, if not said.
+    pub send_buffer_bytes: Option<u32>,
     pub template: bool,
     pub failing_steps: BTreeSet<StepNumber>,
     pub body_time_max: Duration,
@@ -54,6 +56,7 @@ impl Default for Options {
             step_time: Duration::ZERO,
             keys: None,
             connections: ConnectionLimits::default(),
+            send_buffer_bytes: None,
             template: true,
             failing_steps: BTreeSet::new(),
             body_time_max: Duration::from_secs(30),
@@ -78,7 +81,12 @@ pub async fn world(options: Options) -> World {
 
 /// A server that still waits for its model.
 pub async fn loading_world(options: &Options) -> World {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    if let Some(bytes) = options.send_buffer_bytes {
+        socket.set_send_buffer_size(bytes).unwrap();
+    }
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let listener = socket.listen(1024).unwrap();
     let address = listener.local_addr().unwrap();
     let keys = options.keys.as_deref().map(|path| ApiKeys::open(path).unwrap());
     let mut app = App::new(MODEL.into(), keys);

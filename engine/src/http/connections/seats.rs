@@ -27,6 +27,8 @@ pub struct Activity {
     pub phase: Phase,
     /// Since when the client takes nothing of what waits to be written, if so.
     pub unread_since: Option<Instant>,
+    /// By when an answer that left as a whole is taken.
+    pub taken_by: Option<Instant>,
 }
 
 pub type Activities = Arc<watch::Sender<Activity>>;
@@ -81,7 +83,8 @@ impl Seats {
     }
 
     fn sit(&self, permit: OwnedSemaphorePermit) -> Seat {
-        let begin = Activity { phase: Phase::Idle(Instant::now()), unread_since: None };
+        let begin =
+            Activity { phase: Phase::Idle(Instant::now()), unread_since: None, taken_by: None };
         let activities: Activities = Arc::new(watch::channel(begin).0);
         let mut taken = lock(&self.taken);
         let number = taken.next;
@@ -97,7 +100,7 @@ impl Seats {
         let idle = taken.seats.values().filter_map(|activities| {
             let activity = *activities.borrow();
             match activity {
-                Activity { phase: Phase::Idle(since), unread_since: None } => {
+                Activity { phase: Phase::Idle(since), unread_since: None, .. } => {
                     Some((since, activities))
                 }
                 _ => None,
