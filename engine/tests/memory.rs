@@ -220,7 +220,7 @@ fn distinct_words(from: usize, bytes: usize) -> String {
     (from..from + bytes / 201).flat_map(word).collect()
 }
 
-/// Words, also long ones, and what falls into a token for each byte: to the last byte that is looked at.
+/// Words, one word, and what falls into a token for each byte: to the last byte that is looked at.
 #[test]
 fn texts_as_long_as_a_context_of_128k_takes_are_tokenized_within_the_process_share_of_the_plan() {
     const CONTEXT: u32 = 128 << 10;
@@ -235,7 +235,7 @@ fn texts_as_long_as_a_context_of_128k_takes_are_tokenized_within_the_process_sha
     std::thread::scope(|scope| {
         for client in 0..8 {
             scope.spawn(move || {
-                let words = ["a cabbage, bad. ", "1a", "'' ", "dab\n", "汉字，"];
+                let words = ["a cabbage, bad. ", "1a", "'' ", "dab\n", "汉字，", "abcd"];
                 let all = (0..words.len()).map(|i| words[(i + client) % words.len()]);
                 let bytes = 16 * CONTEXT as usize;
                 let repeated = all.map(|word| word.repeat(bytes / word.len()));
