@@ -155,7 +155,8 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
                 false => pass.trouble = Some(Said::no(Reason::Accepted, chain(&error))),
             }
         }
-        if pass.trouble.is_some() || pass.rollout.is_some() {
+        let is_decided = pass.rollout.is_some() && pass.current.is_some();
+        if pass.trouble.is_some() || is_decided {
             tell(object, &identity, context, &pass).await?;
         }
         return Err(error);
@@ -536,14 +537,26 @@ impl Pass {
         self.trouble.get_or_insert(said);
     }
 
-    /// What was decided for the spec that is in force is not taken back.
+    /// What serves under a spec that is in force goes on as decided, and only its pods are told anew. Where the status says more
+    /// than that, it is left as it is.
     fn recall(&mut self, object: &LLMDeployment) {
-        let Some(before) = &object.status else { return };
-        self.model = self.model.take().or_else(|| Said::before(before, ConditionType::ModelReady));
-        self.planned = self.planned.take().or_else(|| Said::before(before, ConditionType::Planned));
-        let standing = self.rollout.as_ref().map(|rollout| &rollout.revision);
-        let standing = standing.filter(|standing| told_of(Some(before), Some(standing)));
-        self.current = self.current.take().or_else(|| standing.cloned());
+        let (None, Some(rollout), Some(before)) = (&self.current, &self.rollout, &object.status)
+        else {
+            return;
+        };
+        let standing = &rollout.revision;
+        let stalled =
+            before.conditions.iter().any(|held| held.type_ == ConditionType::Stalled.name());
+        let mut rolled_out = before.rollout.iter().map(|rollout| &rollout.revision);
+        let is_plain =
+            !stalled && before.offered.is_none() && rolled_out.all(|name| *name == standing.name);
+        if is_plain && told_of(Some(before), Some(standing)) {
+            self.model =
+                self.model.take().or_else(|| Said::before(before, ConditionType::ModelReady));
+            self.planned =
+                self.planned.take().or_else(|| Said::before(before, ConditionType::Planned));
+            self.current = Some(standing.clone());
+        }
     }
 
     /// What a person must mend goes into status; what may pass goes up and is tried again.
