@@ -4,7 +4,7 @@
 //! Ready, in namespaces of their own. Never touches the machine's own containerd, network or
 //! iptables. Needs root.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -25,6 +25,10 @@ use super::tools::Tools;
 pub const NODE_NAME: &str = "node0";
 /// Where pods ask for names: a Service whose endpoint is CoreDNS on the node.
 const DNS_SERVICE: &str = "10.96.0.10";
+/// Where pods ask for the API server: the first address of the Services' network.
+const API_SERVICE: &str = "10.96.0.1";
+/// Longest wait for the first rules of kube-proxy; seen: less than a second after the node is Ready.
+const PROXY_READY_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for the node; seen: 8 s on two idle cores.
 const NODE_READY_MAX: Duration = Duration::from_secs(90);
 
@@ -137,6 +141,12 @@ impl Node {
     /// Has NetworkPolicies enforced from now on, for as long as the node lives. Packets between pods on one bridge pass
     /// the firewall only where the kernel is told so.
     pub fn enforce_policies(&self) -> Result<()> {
+        // kube-proxy's first rules must stand: both write the same tables, and what meets there may be lost for good.
+        let api_server = SocketAddr::new(API_SERVICE.parse()?, 443);
+        wait_until("kube-proxy's rules stand", PROXY_READY_MAX, || {
+            let open = || Ok(TcpStream::connect_timeout(&api_server, Duration::from_secs(1)).ok());
+            self.inside(open)
+        })?;
         let judges = self.tools.judges.display().to_string();
         let kubeconfig = self.kubeconfig().display().to_string();
         let script = r#"echo 1 >/proc/sys/net/bridge/bridge-nf-call-iptables && exec "$@""#;
