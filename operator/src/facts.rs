@@ -173,9 +173,13 @@ fn podless(job: &Job, now: Timestamp) -> String {
 
 /// How long a Job without a pod may still wait for one before that is told; zero from then on.
 pub fn pod_patience_left(job: &Job, now: Timestamp) -> Option<Duration> {
-    let made = job.metadata.creation_timestamp.as_ref()?.0;
-    let passed = Duration::try_from(now.duration_since(made)).unwrap_or_default();
-    Some(POD_PATIENCE.saturating_sub(passed))
+    Some(left(POD_PATIENCE, job.metadata.creation_timestamp.as_ref()?.0, now))
+}
+
+/// Of a patience that began at `since`; all of it where the clock is behind.
+fn left(patience: Duration, since: Timestamp, now: Timestamp) -> Duration {
+    let passed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    patience.saturating_sub(passed)
 }
 
 /// The kubelet's words where it cannot start a container, and the reason where they tell one. None while all goes well.
@@ -230,8 +234,7 @@ pub fn mount_patience_left(pod: &Pod, now: Timestamp) -> Option<Duration> {
         return None;
     }
     let since = since("PodScheduled", "True")?.max(since("PodReadyToStartContainers", "False")?);
-    let passed = Duration::try_from(now.duration_since(since)).unwrap_or_default();
-    Some(MOUNT_PATIENCE.saturating_sub(passed))
+    Some(left(MOUNT_PATIENCE, since, now))
 }
 
 /// What a volume needs that may be missing, as a person would name it.

@@ -1,7 +1,7 @@
-//! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job and its NetworkPolicy, facts), and
-//! what is known by now. Never here: what the facts mean. The objects belong to all LLMDeployments of one source: the
-//! first creates them, the others join as owners, many in one write where they come at once, the last to leave takes them
-//! along.
+//! In: a model source and who needs it. Out: the cluster holding what it takes to know the model (claim, Job and
+//! its NetworkPolicy, facts), and what is known by now. Never here: what the facts mean. The objects belong to all
+//! LLMDeployments of one source: the first creates them, the others join as owners, many in one write where they come at
+//! once, the last to leave takes them along.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -197,6 +197,18 @@ async fn heed(
     Ok(Some(LLMDeployment { status: Some(status), ..object.clone() }))
 }
 
+/// What the cluster holds of the object, its revisions, and the hash of the one whose children stand.
+fn look(
+    object: &LLMDeployment,
+    identity: &Identity,
+    context: &Context,
+) -> (Seen, Vec<Revision>, Option<String>) {
+    let seen = context.caches.observe(&identity.namespace, &identity.name);
+    let revisions = revision::committed(&seen.revisions, &identity.uid);
+    let standing = revision::standing_hash(object, seen.deployment.as_deref());
+    (seen, revisions, standing)
+}
+
 /// From a valid spec to the children.
 async fn forward(
     object: &LLMDeployment,
@@ -205,10 +217,8 @@ async fn forward(
     context: &Context,
     pass: &mut Pass,
 ) -> Result<(), ApplyError> {
-    let seen = context.caches.observe(&identity.namespace, &identity.name);
-    let revisions = revision::committed(&seen.revisions, &identity.uid);
+    let (seen, revisions, standing) = look(object, identity, context);
     let digest = revision::spec_digest(&object.spec);
-    let standing = revision::standing_hash(object, seen.deployment.as_deref());
     let standing = standing.as_deref();
     let answering = revision::answering(&revisions, &digest, &spec.plan, standing);
     let outdated = |revision: &Revision| {
@@ -294,9 +304,7 @@ async fn hold(
     context: &Context,
     pass: &mut Pass,
 ) -> Result<(), ApplyError> {
-    let seen = context.caches.observe(&identity.namespace, &identity.name);
-    let revisions = revision::committed(&seen.revisions, &identity.uid);
-    let standing = revision::standing_hash(object, seen.deployment.as_deref());
+    let (seen, revisions, standing) = look(object, identity, context);
     let is_standing = |revision: &&Revision| Some(&revision.hash) == standing.as_ref();
     let Some(running) = revisions.iter().find(is_standing) else { return Ok(()) };
     pass.replicas = held_replicas(object, &seen);

@@ -4,6 +4,7 @@
 //! loopback and the namespaces it makes itself.
 
 pub mod cluster;
+pub mod facts;
 pub mod http;
 pub mod hub;
 pub mod install;

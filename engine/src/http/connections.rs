@@ -1,7 +1,7 @@
 //! The server's sockets. Enters: a listener. Leaves: requests to the router, answers to clients. Bounds what a client
 //! may hold: the number of connections, the time for a request's head, the time of doing nothing, and the time of not
-//! reading an answer, also of reading it a byte now and then. When all seats are taken, a newcomer gets that of the longest idle. Bodies and requests have their own
-//! bounds; here nothing is known of them.
+//! reading an answer, also of reading it a byte now and then. When all seats are taken, a newcomer gets that of the
+//! longest idle. Bodies and requests have their own bounds; here nothing is known of them.
 
 mod seats;
 

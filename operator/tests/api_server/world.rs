@@ -18,6 +18,7 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config, Resource, ResourceExt};
 use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, generated};
 use plimsoll_tests::cluster::{ApiServer, AuditEvent, Shared, shared_api_server};
+pub use plimsoll_tests::facts::small_model as facts;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -406,15 +407,4 @@ async fn client(kubeconfig: &Path) -> Client {
     let kubeconfig = Kubeconfig::read_from(kubeconfig).unwrap();
     let options = KubeConfigOptions::default();
     Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &options).await.unwrap()).unwrap()
-}
-
-/// Facts of a small model, as `inspect` prints them.
-pub fn facts() -> Value {
-    json!({
-        "family": "llama", "architecture": "LlamaForCausalLM",
-        "parameters": {"embedding": 1_048_576, "attention": 900_000, "mlp": 3_500_000, "norm": 3_328, "head": 0},
-        "diskBytes": {"BF16": 10_903_808}, "layers": 6, "hidden": 256, "intermediate": 768, "heads": 4,
-        "kvHeads": 2, "headDim": 64, "vocabulary": 4096, "contextTokens": 2048, "tiedHead": true,
-        "chatTemplate": true,
-    })
 }

@@ -15,6 +15,7 @@ use serde_json::Value;
 use super::kubectl::Kubectl;
 use super::pki::Authority;
 use super::process::{Daemon, Lifetime, wait_until};
+use super::sandbox::NODE_ADDRESS;
 use super::tools::Tools;
 
 /// Longest wait for the API server; seen: 3 s on two idle cores.
@@ -22,6 +23,8 @@ const API_SERVER_START_MAX: Duration = Duration::from_secs(60);
 
 /// The network that Services' virtual addresses come from.
 pub(crate) const SERVICE_NETWORK: &str = "10.96.0.0/16";
+/// Where pods ask for the API server: the first address of that network.
+pub(crate) const API_SERVICE: &str = "10.96.0.1";
 
 const AUDIT_POLICY: &str = "\
 apiVersion: audit.k8s.io/v1
@@ -46,6 +49,28 @@ pub(crate) struct Ground<'a> {
     /// Whether the endpoints of the `kubernetes` Service are kept; loopback cannot be an endpoint.
     pub endpoints: bool,
     pub life: Lifetime,
+}
+
+impl<'a> Ground<'a> {
+    /// A network of its own, in which the node's address and the usual ports are free.
+    pub fn of_node(
+        folder: &'a Path,
+        daemon: &'a dyn Fn(&[String]) -> Command,
+        client: &'a dyn Fn(&[String]) -> Command,
+        life: Lifetime,
+    ) -> Result<Ground<'a>> {
+        Ok(Ground {
+            folder,
+            address: NODE_ADDRESS.parse()?,
+            etcd_port: 2379,
+            etcd_peer_port: 2380,
+            api_port: 6443,
+            daemon,
+            client,
+            endpoints: true,
+            life,
+        })
+    }
 }
 
 /// One request that the API server answered.
@@ -181,7 +206,7 @@ fn etcd_flags(ground: &Ground<'_>) -> Vec<String> {
 }
 
 fn api_server_flags(ground: &Ground<'_>, authority: &Authority) -> Result<Vec<String>> {
-    let first_service: IpAddr = "10.96.0.1".parse()?;
+    let first_service: IpAddr = API_SERVICE.parse()?;
     let names = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"];
     let serving = authority.server("apiserver", &[ground.address, first_service], &names)?;
     let kubelet = authority.client("apiserver-kubelet-client", Some("system:masters"))?;

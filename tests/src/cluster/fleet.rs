@@ -39,19 +39,9 @@ impl Fleet {
     pub fn start(name: &str) -> Result<Fleet> {
         let tools = Tools::find()?;
         let sandbox = Sandbox::create(name, Lifetime::Owner)?;
-        let address: IpAddr = NODE_ADDRESS.parse()?;
-        let ground = Ground {
-            folder: sandbox.folder(),
-            address,
-            etcd_port: 2379,
-            etcd_peer_port: 2380,
-            api_port: 6443,
-            // Only the network is theirs, so that a process has the number that we know it by.
-            daemon: &|words| sandbox.client(words),
-            client: &|words| sandbox.client(words),
-            endpoints: true,
-            life: Lifetime::Owner,
-        };
+        // Only the network is theirs, so that a process has the number that we know it by.
+        let inside = |words: &[String]| sandbox.client(words);
+        let ground = Ground::of_node(sandbox.folder(), &inside, &inside, Lifetime::Owner)?;
         // Where kwok's pods say they are, a connection is refused at once: no engine is there.
         let route = ["ip", "route", "add", "local", POD_ADDRESSES, "dev", "lo"].map(String::from);
         ensure!(sandbox.client(&route).status()?.success(), "no route to {POD_ADDRESSES}");

@@ -4,7 +4,7 @@
 //! Ready, in namespaces of their own. Never touches the machine's own containerd, network or
 //! iptables. Needs root.
 
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -25,8 +25,6 @@ use super::tools::Tools;
 pub const NODE_NAME: &str = "node0";
 /// Where pods ask for names: a Service whose endpoint is CoreDNS on the node.
 const DNS_SERVICE: &str = "10.96.0.10";
-/// Where pods ask for the API server: the first address of the Services' network.
-const API_SERVICE: &str = "10.96.0.1";
 /// Longest wait for the first rules of kube-proxy; seen: less than a second after the node is Ready.
 const PROXY_READY_MAX: Duration = Duration::from_secs(30);
 /// Longest wait for the node; seen: 8 s on two idle cores.
@@ -53,18 +51,9 @@ impl Node {
         sandbox::forget_logs(name);
         let sandbox = Sandbox::create(name, life)?;
         let containers = Containers::start(&sandbox, &tools, life)?;
-        let address: IpAddr = NODE_ADDRESS.parse()?;
-        let ground = Ground {
-            folder: sandbox.folder(),
-            address,
-            etcd_port: 2379,
-            etcd_peer_port: 2380,
-            api_port: 6443,
-            daemon: &|words| sandbox.daemon(words),
-            client: &|words| sandbox.client(words),
-            endpoints: true,
-            life,
-        };
+        let daemon = |words: &[String]| sandbox.daemon(words);
+        let client = |words: &[String]| sandbox.client(words);
+        let ground = Ground::of_node(sandbox.folder(), &daemon, &client, life)?;
         // Unpacking images and starting the API server keep one core each busy.
         let (plane, imported) = std::thread::scope(|scope| {
             let importing = scope.spawn(|| containers.import_all(&sandbox, &tools, images));
@@ -142,7 +131,7 @@ impl Node {
     /// the firewall only where the kernel is told so.
     pub fn enforce_policies(&self) -> Result<()> {
         // kube-proxy's first rules must stand: both write the same tables, and what meets there may be lost for good.
-        let api_server = SocketAddr::new(API_SERVICE.parse()?, 443);
+        let api_server = SocketAddr::new(control::API_SERVICE.parse()?, 443);
         wait_until("kube-proxy's rules stand", PROXY_READY_MAX, || {
             let open = || Ok(TcpStream::connect_timeout(&api_server, Duration::from_secs(1)).ok());
             self.inside(open)

@@ -13,6 +13,7 @@ use kube::api::{DynamicObject, ListParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Api, Client, Config};
 use plimsoll_tests::cluster::{AuditEvent, Daemon, Fleet};
+use plimsoll_tests::facts::small_model;
 use plimsoll_tests::http::Connection;
 use serde_json::{Value, json};
 use tokio::time::sleep;
@@ -95,7 +96,7 @@ async fn know_the_model(fleet: &Fleet, client: &Client, size: &Size) -> Result<(
     let mut operator = (subject.start)(fleet)?;
     fleet.kubectl().run(&["create", "namespace", "first"])?;
     create(client, subject, "first", "first").await?;
-    kubelets::finish_inspect(client, "first", &subjects::facts()).await;
+    kubelets::finish_inspect(client, "first", &small_model()).await;
     let first: Api<ConfigMap> = Api::namespaced(client.clone(), "first");
     let began = Instant::now();
     let facts = loop {
