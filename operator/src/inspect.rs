@@ -90,9 +90,11 @@ pub async fn step(
     if let Some(job) = &seen.job
         && facts::is_spent(&model, outgrown, retry_in(job, now).is_zero())
     {
-        let name = names::inspect_job(wanted.key);
-        if let Some(policy) = writer.caches.get::<NetworkPolicy>(&wanted.identity.namespace, &name)
-        {
+        let (namespace, name) = (&wanted.identity.namespace, names::inspect_job(wanted.key));
+        // Pods of an outgrown Job may still run: its policy stands around them, and then around those of the next.
+        let is_over = !matches!(model, Model::Looking { .. });
+        let policy = writer.caches.get::<NetworkPolicy>(namespace, &name).filter(|_| is_over);
+        if let Some(policy) = policy {
             writer.delete(policy.as_ref()).await?;
         }
         writer.delete(job.as_ref()).await?;
