@@ -59,18 +59,19 @@ pub async fn step(
             share(writer, wanted, wanted.job()).await?;
         }
         Model::Looking { .. } if !outgrown => {
-            join_present::<PersistentVolumeClaim>(
-                writer,
-                wanted.identity,
-                &names::model(wanted.key),
-            )
-            .await?;
-            share(writer, wanted, wanted.policy()).await?;
-            join_present::<Job>(writer, wanted.identity, &names::inspect_job(wanted.key)).await?;
-            // Of what the Job said while this waited for its turn, only those who had a share by then hear.
-            let now_seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
-            let model = facts::look(&now_seen, downloads, now);
-            if !matches!(model, Model::Looking { .. }) {
+            let (namespace, key) = (&wanted.identity.namespace, wanted.key);
+            // Of what a Job says while this waits for its turn, only those who had a share by then hear.
+            let still_looks = || {
+                let seen = writer.caches.observe_model(namespace, key);
+                matches!(facts::look(&seen, downloads, now), Model::Looking { .. })
+            };
+            join_present::<PersistentVolumeClaim>(writer, wanted.identity, &names::model(key))
+                .await?;
+            if still_looks() {
+                share(writer, wanted, wanted.policy()).await?;
+                join_present::<Job>(writer, wanted.identity, &names::inspect_job(key)).await?;
+            }
+            if !still_looks() {
                 return Box::pin(step(writer, wanted, now)).await;
             }
         }

@@ -11,6 +11,7 @@ mod controllers;
 mod crash;
 mod faults;
 mod merge;
+mod models;
 mod rollouts;
 mod seeds;
 mod server;

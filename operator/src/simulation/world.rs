@@ -2,6 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use axum::http::Method;
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
@@ -45,6 +46,8 @@ pub struct World {
     missed: Mutex<Option<String>>,
     /// The resource of which the API server takes no write.
     refused: Mutex<Option<String>>,
+    /// The resource whose next write takes this long.
+    slow: Mutex<Option<(String, Duration)>>,
     /// Seconds that the operator's clock is ahead.
     pub skew: Mutex<i64>,
 }
@@ -88,6 +91,7 @@ impl World {
             chance: Mutex::default(),
             missed: Mutex::default(),
             refused: Mutex::default(),
+            slow: Mutex::default(),
             skew: Mutex::default(),
         };
         let room = json!({"cpu": "8", "memory": "16Gi", "pods": "110"});
@@ -132,6 +136,17 @@ impl World {
 
     pub fn refuses(&self, resource: &str) -> bool {
         self.refused.lock().expect("no holder panics").as_deref() == Some(resource)
+    }
+
+    /// The next write of `resource` reaches the API server after `delay`.
+    pub fn delay(&self, resource: &str, delay: Duration) {
+        *self.slow.lock().expect("no holder panics") = Some((resource.to_owned(), delay));
+    }
+
+    /// How long this write of `resource` takes.
+    pub fn delay_of(&self, resource: &str) -> Duration {
+        let mut slow = self.slow.lock().expect("no holder panics");
+        slow.take_if(|(slow, _)| slow == resource).map_or(Duration::ZERO, |(_, delay)| delay)
     }
 
     /// The watch of `resource` forgets where it was when the next change comes.
