@@ -2,11 +2,9 @@
 //! and held against what engines measure.
 
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::core::v1::{Node, Pod};
-use k8s_openapi::api::events::v1::Event;
 use kube::{Api, ResourceExt};
 use plimsoll_crds::{LLMDeployment, LLMDeploymentStatus, MeasuredStatus, OfferStatus, PlanCause};
 use serde_json::{Value, json};
@@ -60,22 +58,6 @@ impl World {
         let status = json!({"containerStatuses": [container], "conditions": [
             {"type": "PodScheduled", "status": "True"}, {"type": "Ready", "status": "False"}]});
         self.merge_status::<Pod>(pod, status).await;
-    }
-
-    /// Waits for an event with all of `parts` in its note: events follow the status that they tell of.
-    async fn told(&self, reason: &str, parts: &[&str]) {
-        for _ in 0..200 {
-            let events = self.list::<Event>("").await;
-            let is_it = |event: &Event| {
-                let note = event.note.as_deref().unwrap_or_default();
-                event.reason.as_deref() == Some(reason) && parts.iter().all(|p| note.contains(p))
-            };
-            if events.iter().any(is_it) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        panic!("no event {reason} told of {parts:?}");
     }
 }
 

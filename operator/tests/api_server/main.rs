@@ -74,6 +74,7 @@ async fn an_object_becomes_children_of_one_revision_and_ready_follows_its_pods()
     assert!(!status.conditions.iter().any(|held| held.type_ == "Reconciling"));
     assert_eq!((status.replicas, status.ready_replicas), (1, 1));
     assert_eq!(status.url.unwrap(), format!("http://assistant.{}.svc", world.namespace));
+    world.told("Serving", &[]).await;
     let events = world.list::<Event>("").await;
     let reasons: Vec<_> = events.iter().filter_map(|event| event.reason.as_deref()).collect();
     assert_eq!(reasons.iter().filter(|reason| **reason == "Serving").count(), 1, "{reasons:?}");
@@ -371,9 +372,7 @@ async fn where_one_pod_more_has_no_room_an_update_replaces_pods_in_place_and_say
     assert_eq!(strategy["rollingUpdate"], json!({"maxSurge": 0, "maxUnavailable": 1}));
     let why = world.status("assistant", "a plan", |status| status.plan.clone()).await.why;
     assert!(why.contains("room for 1 replica and no pod more"), "{why}");
-    let events = world.list::<Event>("").await;
-    let told = |event: &Event| event.note.as_ref().is_some_and(|note| note.contains("no pod more"));
-    assert!(events.iter().any(told), "{events:#?}");
+    world.told("PlanChosen", &["no pod more"]).await;
     // With less to ask for, one more fits.
     let less = json!({"spec": {"resources": {"cpu": "400m"}}});
     world.merge::<LLMDeployment>("assistant", less).await;

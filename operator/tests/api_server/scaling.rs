@@ -11,7 +11,6 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::core::v1::{Pod, ResourceQuota};
-use k8s_openapi::api::events::v1::Event;
 use kube::ResourceExt;
 use plimsoll_crds::{LLMDeployment, ScalingStatus};
 use serde_json::{Value, json};
@@ -132,11 +131,7 @@ async fn replicas_follow_the_queue_and_only_decisions_are_written() {
     let scaling = desired(&world, 2).await;
     assert!(scaling.why.contains("30.0 requests wait per replica, above 4"), "{scaling:?}");
     assert_eq!((scaling.recent[0].from, scaling.recent[0].to), (1, 2));
-    let event = |event: &Event| {
-        let note = event.note.clone().unwrap_or_default();
-        event.reason.as_deref() == Some("Scaled") && note.contains("1 to 2 replicas: 30.0 requests")
-    };
-    assert!(world.list::<Event>("").await.iter().any(event));
+    world.told("Scaled", &["1 to 2 replicas: 30.0 requests"]).await;
     world.run_pod("assistant", true).await;
     prometheus.load_each(&world, 30.0, 4.0).await;
     desired(&world, 3).await;

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Namespace, Node, Pod, ServiceAccount};
+use k8s_openapi::api::events::v1::Event;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -226,6 +227,22 @@ impl World {
             assert!(began.elapsed() < PATIENCE, "{what} did not come about; now: {object:#?}");
             sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// Waits for an event with all of `parts` in its note: events follow the status that they tell of.
+    pub async fn told(&self, reason: &str, parts: &[&str]) {
+        for _ in 0..200 {
+            let events = self.list::<Event>("").await;
+            let is_it = |event: &Event| {
+                let note = event.note.as_deref().unwrap_or_default();
+                event.reason.as_deref() == Some(reason) && parts.iter().all(|p| note.contains(p))
+            };
+            if events.iter().any(is_it) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        panic!("no event {reason} told of {parts:?}");
     }
 
     pub async fn eventually_gone<K: Kind>(&self, name: &str) {

@@ -1,12 +1,13 @@
-//! One cluster for all tests of a test binary.
+//! One cluster for all tests of a test binary; of API servers as many as tests that run side by side.
 //!
-//! In: nothing. Out: the node, or the API server, held by one test at a time; or nothing and one
+//! In: nothing. Out: the node, or an API server, held by one test at a time; or nothing and one
 //! clear line where this machine cannot have it. Never silently left out: with
 //! `PLIMSOLL_REQUIRE_CLUSTER=1` what cannot run fails.
 
 use std::fs::File;
 use std::ops::Deref;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 
 use anyhow::{Context, Result, bail};
 
@@ -19,6 +20,9 @@ use super::tools::Tools;
 
 /// The name of the node that tests share; `make cluster` uses another.
 const TEST_NODE: &str = "test";
+
+/// API servers of one test binary; 400 MB each. Tests mostly wait, so that several go on at once even on two cores.
+const API_SERVERS_MAX: usize = 4;
 
 /// Exclusive use of a cluster that outlives the test.
 pub struct Shared<T: 'static> {
@@ -51,21 +55,42 @@ pub fn shared_node() -> Option<Shared<Node>> {
     }
 }
 
-/// The API server alone, brought up by the first test that asks; `None` as for the node, but root is
-/// not needed.
+/// An API server alone that no other test has now, brought up by the first test that finds none free; `None` as for the
+/// node, but root is not needed.
 pub fn shared_api_server() -> Option<Shared<ApiServer>> {
-    static TURN: Mutex<()> = Mutex::new(());
-    static SERVER: OnceLock<Result<ApiServer, String>> = OnceLock::new();
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    static TURNS: [Mutex<()>; API_SERVERS_MAX] = [const { Mutex::new(()) }; API_SERVERS_MAX];
+    static SERVERS: [OnceLock<Result<ApiServer, String>>; API_SERVERS_MAX] =
+        [const { OnceLock::new() }; API_SERVERS_MAX];
     if let Err(error) = Tools::find() {
         leave_out(&format!("{error:#}"));
         return None;
     }
-    let server = SERVER.get_or_init(|| ApiServer::start().map_err(|error| format!("{error:#}")));
-    match server {
+    let (number, turn) = free_turn(&TURNS);
+    match SERVERS[number].get_or_init(start_api_server) {
         Ok(cluster) => Some(Shared { cluster, _turn: turn }),
         Err(error) => panic!("the test API server did not start: {error}"),
     }
+}
+
+/// The first turn that nobody has; where all are taken, one after the other is waited for.
+fn free_turn(turns: &'static [Mutex<()>]) -> (usize, MutexGuard<'static, ()>) {
+    static WAITING: AtomicUsize = AtomicUsize::new(0);
+    for (number, turn) in turns.iter().enumerate() {
+        match turn.try_lock() {
+            Ok(turn) => return (number, turn),
+            Err(TryLockError::Poisoned(turn)) => return (number, turn.into_inner()),
+            Err(TryLockError::WouldBlock) => {}
+        }
+    }
+    let number = WAITING.fetch_add(1, Ordering::Relaxed) % turns.len();
+    (number, turns[number].lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// One at a time: ports that one found free are its own only once it listens there.
+fn start_api_server() -> Result<ApiServer, String> {
+    static STARTING: Mutex<()> = Mutex::new(());
+    let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    ApiServer::start().map_err(|error| format!("{error:#}"))
 }
 
 /// A control plane with a fleet of fake nodes, of its own; `None` as for the node.

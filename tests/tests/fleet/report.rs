@@ -11,43 +11,36 @@ pub struct Target {
     pub measured: f64,
     pub wanted: f64,
     pub is_met: bool,
-    /// Counts are so; times are not.
-    pub holds_on_any_machine: bool,
+    /// What a short run has to keep to, on a machine with other work. Nothing is asked of times there.
+    pub wanted_anywhere: Option<f64>,
 }
 
 /// What issue and README promise.
 pub fn targets(figures: &Value) -> Vec<Target> {
-    let target = |name, pointer: &str, wanted, holds_on_any_machine| {
+    let target = |name, pointer: &str, wanted, wanted_anywhere| {
         let measured = figures.pointer(pointer).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        Target { name, measured, wanted, is_met: measured <= wanted, holds_on_any_machine }
+        Target { name, measured, wanted, is_met: measured <= wanted, wanted_anywhere }
     };
+    let time = |name, pointer, wanted| target(name, pointer, wanted, None);
+    let count = |name, pointer, wanted| target(name, pointer, wanted, Some(wanted));
     vec![
-        target("all children of a burst, s", "/creation/allChildrenAfter", 25.0, false),
-        target(
-            "object to last child in a trickle, p99, s",
-            "/trickle/objectToLastChild/p99",
-            0.3,
-            false,
-        ),
+        time("all children of a burst, s", "/creation/allChildrenAfter", 25.0),
+        time("object to last child in a trickle, p99, s", "/trickle/objectToLastChild/p99", 0.3),
+        // Slow controllers show some objects between their pod and its being Ready: a status more.
         target(
             "writes per object until quiet",
             "/creation/requests/writesPerObject",
             CHILDREN + 4.0,
-            true,
+            Some(CHILDREN + 5.0),
         ),
-        target("Ready after its pod, p99, s", "/creation/podReadyToReady/p99", 1.0, false),
-        target("writes at rest", "/rest/requests/writes", 0.0, true),
-        target("reads at rest beside watches", "/rest/requests/reads", 0.0, true),
-        target("operator at rest, % of a core", "/rest/operatorPercentOfACore", 0.2, false),
-        target("writes at a restart", "/restart/requests/writes", 0.0, true),
-        target(
-            "every object looked at after a restart, s",
-            "/restart/everyObjectLookedAtAfter",
-            5.0,
-            false,
-        ),
-        target("resident memory at most, MB", "/residentMB/max", 60.0, true),
-        target("the same after a restart", "/residentMB/maxAfterRestart", 60.0, true),
+        time("Ready after its pod, p99, s", "/creation/podReadyToReady/p99", 1.0),
+        count("writes at rest", "/rest/requests/writes", 0.0),
+        count("reads at rest beside watches", "/rest/requests/reads", 0.0),
+        time("operator at rest, % of a core", "/rest/operatorPercentOfACore", 0.2),
+        count("writes at a restart", "/restart/requests/writes", 0.0),
+        time("every object looked at after a restart, s", "/restart/everyObjectLookedAtAfter", 5.0),
+        count("resident memory at most, MB", "/residentMB/max", 60.0),
+        count("the same after a restart", "/residentMB/maxAfterRestart", 60.0),
     ]
 }
 
