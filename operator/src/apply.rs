@@ -41,6 +41,12 @@ impl<K: Cached> Want<K> {
     pub fn annotation(&self, name: &str) -> Option<&str> {
         self.body["metadata"]["annotations"][name].as_str()
     }
+
+    /// Whether `live` has the spec that this would give it.
+    pub fn is_like(&self, live: &K) -> bool {
+        let held = serde_json::to_value(live).expect("objects of the API are JSON");
+        difference(&self.body["spec"], &held["spec"]).is_none()
+    }
 }
 
 #[derive(Debug, Error)]
@@ -214,12 +220,13 @@ impl Writer<'_> {
         }
     }
 
-    /// Makes the owners of a cached, shared object be `owners`; the turn is ours. Conditional on what the cache holds.
+    /// Makes the owners of a cached, shared object be `owners`; the turn is ours. Conditional on what the cache holds; false
+    /// where that is gone or another by now, once the cache shows it.
     pub async fn set_owners<K: Cached>(
         &self,
         live: &K,
         owners: &[OwnerReference],
-    ) -> Result<(), ApplyError> {
+    ) -> Result<bool, ApplyError> {
         let (namespace, name) = (live.namespace().unwrap_or_default(), live.name_any());
         let api: Api<K> = Api::namespaced(self.client.clone(), &namespace);
         let patch = serde_json::json!({"metadata": {
@@ -229,7 +236,11 @@ impl Writer<'_> {
         match api.patch(&name, &by_us_patch(), &Patch::Merge(&patch)).await {
             Ok(written) => {
                 self.wrote(&written, "shared").await;
-                Ok(())
+                Ok(true)
+            }
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {
+                self.caches.catch_up_changed(live).await;
+                Ok(false)
             }
             Err(source) => Err(ApplyError::Api { kind, name, source }),
         }

@@ -428,7 +428,7 @@ async fn learn(
     pass: &mut Pass,
 ) -> Result<Option<ModelFacts>, ApplyError> {
     let Wanted { identity, key, .. } = *wanted;
-    match inspect::step(&context.writer(), wanted, (context.clock)()).await? {
+    match inspect::step(&context.writer(), wanted, &*context.clock).await? {
         Model::Known(facts) | Model::Told(facts) => {
             pass.model = Some(status::model_ready(&status::model(&facts), note));
             Ok(Some(*facts))

@@ -18,7 +18,7 @@ use crate::apply::{ApplyError, Owner, Want, Writer};
 use crate::desired::model::{self, Place};
 use crate::desired::{Identity, Settings, names, network_policy};
 use crate::facts::{self, Model, pod_patience_left};
-use crate::observe::{Cached, Caches};
+use crate::observe::{Cached, Caches, SeenModel};
 use crate::pods;
 use crate::spec::Spec;
 
@@ -26,6 +26,8 @@ use crate::spec::Spec;
 pub const RETRY_AFTER: Duration = Duration::from_secs(300);
 /// One that is complete and whose pod does not tell: somebody deleted the pod, or its watch is behind for a moment.
 const TELL_PATIENCE: Duration = Duration::from_secs(10);
+/// Looks of one step. Each after the first is due to a write of another between two of ours.
+const LOOKS_MAX: usize = 4;
 /// Clocks of one cluster differ by less.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
@@ -40,67 +42,125 @@ pub struct Wanted<'a> {
     pub settings: &'a Settings,
 }
 
-/// One step towards knowing the model, and what is known before it.
+/// Steps towards knowing the model, as far as they go without waiting for the cluster, and what is known after them.
 pub async fn step(
     writer: &Writer<'_>,
     wanted: &Wanted<'_>,
-    now: Timestamp,
+    clock: &(dyn Fn() -> Timestamp + Send + Sync),
 ) -> Result<Model, ApplyError> {
-    let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
-    let downloads = matches!(wanted.place, Place::Download { .. });
-    let model = facts::look(&seen, downloads, now);
-    let outgrown = seen.job.as_ref().is_some_and(|job| wanted.outgrew(job));
-    match &model {
-        Model::Unseen => {
-            if downloads {
-                share(writer, wanted, wanted.claim()).await?;
+    let mut last = Model::Unseen;
+    for _ in 0..LOOKS_MAX {
+        let look = Look::of(writer, wanted, clock());
+        match look.act().await? {
+            Next::Done => return Ok(look.model),
+            Next::LookAgain => last = look.model,
+        }
+    }
+    // Others were faster at each turn; what they wrote brings us back.
+    Ok(last)
+}
+
+/// What comes after one look and what it led to.
+enum Next {
+    Done,
+    /// While this wrote, or waited for its turn, the cluster became another.
+    LookAgain,
+}
+
+/// What is there of a model at one moment, and who asks.
+struct Look<'a> {
+    writer: &'a Writer<'a>,
+    wanted: &'a Wanted<'a>,
+    seen: SeenModel,
+    model: Model,
+    now: Timestamp,
+}
+
+impl<'a> Look<'a> {
+    fn of(writer: &'a Writer<'a>, wanted: &'a Wanted<'a>, now: Timestamp) -> Look<'a> {
+        let seen = writer.caches.observe_model(&wanted.identity.namespace, wanted.key);
+        let model = facts::look(&seen, wanted.downloads(), now);
+        Look { writer, wanted, seen, model, now }
+    }
+
+    /// Whether another look would find the same kind of thing.
+    fn still_holds(&self) -> bool {
+        let now = Look::of(self.writer, self.wanted, self.now);
+        std::mem::discriminant(&now.model) == std::mem::discriminant(&self.model)
+    }
+
+    async fn act(&self) -> Result<Next, ApplyError> {
+        let Look { writer, wanted, seen, model, .. } = self;
+        let outgrown = seen.job.as_ref().is_some_and(|job| wanted.outgrew(job));
+        match model {
+            Model::Unseen => return self.begin().await,
+            Model::Looking { .. } if !outgrown => return self.join().await,
+            Model::Told(facts) => {
+                if let Some(unreadable) = &seen.facts {
+                    writer.delete(unreadable.as_ref()).await?;
+                }
+                let (namespace, owners) = (&wanted.identity.namespace, wanted.owners());
+                let source = wanted.spec.source.to_string();
+                let kept = model::facts(namespace, wanted.key, &owners, &source, facts);
+                share(writer, wanted, kept).await?;
             }
+            // Whoever goes on using the model takes a share in its facts at the end of the pass.
+            Model::Looking { .. } | Model::Known(_) | Model::Failed { .. } => {}
+        }
+        let Some(job) = &seen.job else { return Ok(Next::Done) };
+        // Facts that the Job has told are stored by now.
+        if facts::is_spent(model, outgrown, retry_in(job, self.now).is_zero()) {
+            // Pods of an outgrown Job may still run: its policy stands around them, and then around those of the next.
+            let is_over = !matches!(model, Model::Looking { .. });
+            if let Some(policy) = seen.policy.as_ref().filter(|_| is_over) {
+                writer.delete(policy.as_ref()).await?;
+            }
+            writer.delete(job.as_ref()).await?;
+            // Who outgrew a Job makes the next: another would make it as it was.
+            return Ok(if outgrown { Next::LookAgain } else { Next::Done });
+        }
+        // Only its owners hear when somebody deletes it so that it is tried again.
+        let name = names::inspect_job(wanted.key);
+        join_present::<Job>(writer, wanted.identity, &name).await?;
+        Ok(Next::Done)
+    }
+
+    /// Nobody has looked yet, or what there was is lost.
+    async fn begin(&self) -> Result<Next, ApplyError> {
+        let Look { writer, wanted, seen, .. } = self;
+        if wanted.downloads() {
+            // Facts say that a download is whole; this one is not.
+            if let Some(facts) = &seen.facts {
+                writer.delete(facts.as_ref()).await?;
+            }
+            share(writer, wanted, wanted.claim()).await?;
+        }
+        let policy = wanted.policy();
+        if let Some(held) = seen.policy.as_ref().filter(|held| !policy.is_like(held.as_ref())) {
+            // Of a Job that was made by other settings.
+            writer.delete(held.as_ref()).await?;
+        }
+        share(writer, wanted, policy).await?;
+        if !self.still_holds() {
+            return Ok(Next::LookAgain);
+        }
+        share(writer, wanted, wanted.job()).await?;
+        Ok(Next::Done)
+    }
+
+    /// A Job is on its way. Of what it says while this waits for a turn, only those who had a share by then hear.
+    async fn join(&self) -> Result<Next, ApplyError> {
+        let Look { writer, wanted, .. } = self;
+        let (identity, key) = (wanted.identity, wanted.key);
+        join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
+        if self.still_holds() {
             share(writer, wanted, wanted.policy()).await?;
-            share(writer, wanted, wanted.job()).await?;
         }
-        Model::Looking { .. } if !outgrown => {
-            let (namespace, key) = (&wanted.identity.namespace, wanted.key);
-            // Of what a Job says while this waits for its turn, only those who had a share by then hear.
-            let still_looks = || {
-                let seen = writer.caches.observe_model(namespace, key);
-                matches!(facts::look(&seen, downloads, now), Model::Looking { .. })
-            };
-            join_present::<PersistentVolumeClaim>(writer, wanted.identity, &names::model(key))
-                .await?;
-            if still_looks() {
-                share(writer, wanted, wanted.policy()).await?;
-                join_present::<Job>(writer, wanted.identity, &names::inspect_job(key)).await?;
-            }
-            if !still_looks() {
-                return Box::pin(step(writer, wanted, now)).await;
-            }
+        if self.still_holds() {
+            join_present::<Job>(writer, identity, &names::inspect_job(key)).await?;
         }
-        Model::Told(facts) => {
-            if let Some(unreadable) = &seen.facts {
-                writer.delete(unreadable.as_ref()).await?;
-            }
-            let (namespace, owners) = (&wanted.identity.namespace, wanted.owners());
-            let source = wanted.spec.source.to_string();
-            let kept = model::facts(namespace, wanted.key, &owners, &source, facts);
-            share(writer, wanted, kept).await?;
-        }
-        // Whoever keeps using the model takes a share at the end of the pass.
-        Model::Looking { .. } | Model::Known(_) | Model::Failed { .. } => {}
+        Ok(if self.still_holds() { Next::Done } else { Next::LookAgain })
     }
-    // Last, since facts that the Job has told are stored by now.
-    if let Some(job) = &seen.job
-        && facts::is_spent(&model, outgrown, retry_in(job, now).is_zero())
-    {
-        let (namespace, name) = (&wanted.identity.namespace, names::inspect_job(wanted.key));
-        // Pods of an outgrown Job may still run: its policy stands around them, and then around those of the next.
-        let is_over = !matches!(model, Model::Looking { .. });
-        let policy = writer.caches.get::<NetworkPolicy>(namespace, &name).filter(|_| is_over);
-        if let Some(policy) = policy {
-            writer.delete(policy.as_ref()).await?;
-        }
-        writer.delete(job.as_ref()).await?;
-    }
-    Ok(model)
 }
 
 /// How long until a Job that ended without the facts is tried again. A clock that is behind the cluster's cannot tell
@@ -122,8 +182,8 @@ fn retry_in(job: &Job, now: Timestamp) -> Duration {
     if is_behind { Duration::ZERO } else { patience.saturating_sub(passed) }
 }
 
-/// Takes a share in the model of what stands, and gives up those in all others: at once in what was known of them, in
-/// their downloads only when `settled`, since until then pods of an older revision may serve from them.
+/// Takes a share in the model of what stands, and gives up those in all others: at once in Jobs, in downloads and what
+/// is known of them only when `settled`, since until then pods of an older revision may serve from them.
 pub async fn belong(
     writer: &Writer<'_>,
     identity: &Identity,
@@ -134,11 +194,16 @@ pub async fn belong(
     join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
     leave_kind::<Job>(writer, identity, key).await?;
     leave_kind::<NetworkPolicy>(writer, identity, key).await?;
-    leave_kind::<ConfigMap>(writer, identity, key).await?;
     if settled {
+        leave_kind::<ConfigMap>(writer, identity, key).await?;
         leave_kind::<PersistentVolumeClaim>(writer, identity, key).await?;
     }
-    Ok(())
+    let seen = writer.caches.observe_model(&identity.namespace, key);
+    // A policy without a Job is left over; whoever is about to make a Job has no facts.
+    match seen.policy.filter(|_| seen.job.is_none() && seen.facts.is_some()) {
+        Some(policy) => writer.delete(policy.as_ref()).await,
+        None => Ok(()),
+    }
 }
 
 async fn leave_kind<K: Cached>(
@@ -178,38 +243,57 @@ async fn share<K: Cached>(
     wanted: &Wanted<'_>,
     want: Want<K>,
 ) -> Result<(), ApplyError> {
-    if writer.create(&want, Owner::Model { key: wanted.key }).await? {
-        return Ok(());
+    for _ in 0..LOOKS_MAX {
+        if writer.create(&want, Owner::Model { key: wanted.key }).await?
+            || join_present::<K>(writer, wanted.identity, want.name()).await?
+        {
+            return Ok(());
+        }
     }
-    join_present::<K>(writer, wanted.identity, want.name()).await
+    // It stands, and the watch has not shown it: the next pass joins.
+    Ok(())
 }
 
+/// Whether it is there and ours too.
 async fn join_present<K: Cached>(
     writer: &Writer<'_>,
     identity: &Identity,
     name: &str,
-) -> Result<(), ApplyError> {
+) -> Result<bool, ApplyError> {
     let uid = &identity.uid;
     let joined = |live: &Arc<K>| live.owner_references().iter().any(|owner| &owner.uid == uid);
     let cached = || writer.caches.get::<K>(&identity.namespace, name);
-    if cached().as_ref().is_none_or(joined) {
-        return Ok(());
+    let Some(live) = cached() else { return Ok(false) };
+    if joined(&live) {
+        return Ok(true);
     }
     let own = serde_json::from_value(identity.co_owner()).expect("an owner reference is one");
     let wish = writer.sharing.want::<K>(&identity.namespace, name, own);
     let _turn = writer.sharing.turn().await;
-    // Who had the turn before may have written for us.
-    let Some(live) = cached().filter(|live| !joined(live)) else { return Ok(()) };
-    let mut owners = live.owner_references().to_vec();
-    for other in wish.with_others() {
-        if !owners.iter().any(|owner| owner.uid == other.uid) {
-            owners.push(other);
+    for _ in 0..LOOKS_MAX {
+        let Some(live) = cached() else { return Ok(false) };
+        // Who had the turn before may have written for us.
+        if joined(&live) {
+            return Ok(true);
+        }
+        let mut owners = live.owner_references().to_vec();
+        for other in wish.with_others() {
+            if !owners.iter().any(|owner| owner.uid == other.uid) {
+                owners.push(other);
+            }
+        }
+        if writer.set_owners(live.as_ref(), &owners).await? {
+            return Ok(true);
         }
     }
-    writer.set_owners(live.as_ref(), &owners).await
+    Ok(false)
 }
 
 impl Wanted<'_> {
+    fn downloads(&self) -> bool {
+        matches!(self.place, Place::Download { .. })
+    }
+
     fn owners(&self) -> Vec<Value> {
         vec![self.identity.co_owner()]
     }
@@ -240,10 +324,10 @@ impl Wanted<'_> {
     }
 }
 
-/// True where the claim of a download is gone, or is being filled again.
+/// True where the claim of a download is gone, or is not known to be whole: facts are stored once it is.
 pub fn is_lost(caches: &Caches, namespace: &str, key: &str) -> bool {
-    caches.get::<PersistentVolumeClaim>(namespace, &names::model(key)).is_none()
-        || caches.get::<Job>(namespace, &names::inspect_job(key)).is_some()
+    let seen = caches.observe_model(namespace, key);
+    seen.claim.is_none() || seen.facts.is_none() || seen.job.is_some()
 }
 
 /// When to look again at a model that is not known, where no watch will tell.
@@ -256,7 +340,7 @@ pub fn again(
 ) -> Option<Duration> {
     let job = caches.get::<Job>(namespace, &names::inspect_job(key));
     if let Model::Looking { .. } = model {
-        let pods = caches.labelled(namespace, names::MODEL, key);
+        let pods = caches.pods_with(namespace, names::MODEL, key);
         let left = job.filter(|_| pods.is_empty()).and_then(|job| pod_patience_left(&job, now));
         return left.filter(|left| !left.is_zero()).or_else(|| pods::look_again(&pods, now));
     }

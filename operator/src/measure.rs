@@ -2,7 +2,7 @@
 //! that is worth a write. One engine of an object is asked every few minutes, directly: no Prometheus has to be there, and
 //! nothing is asked of the API server. Never here: a decision, a write.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex};
@@ -76,9 +76,9 @@ pub async fn run(
     loop {
         tokio::time::sleep(TICK.min(every)).await;
         let objects = caches.objects.state();
-        let uids: Vec<String> = objects.iter().filter_map(|object| object.uid()).collect();
+        let uids: HashSet<String> = objects.iter().filter_map(|object| object.uid()).collect();
         turns.retain(|uid, _| uids.contains(uid));
-        measurements.retain(|uid| uids.iter().any(|held| held == uid));
+        measurements.retain(|uid| uids.contains(uid));
         let due = objects.iter().filter_map(|object| due(object, &caches, &mut turns, every));
         let due: Vec<Due> = due.collect();
         let mut answers = stream::iter(due)
@@ -115,11 +115,14 @@ fn due(
     every: Duration,
 ) -> Option<Due> {
     let uid = object.uid()?;
+    if turns.get(&uid).is_some_and(|turn| turn.next > Instant::now()) {
+        return None;
+    }
     let status = object.status.as_ref()?;
     let revision = status.revision.clone()?;
     let (namespace, name) = (object.namespace()?, object.name_any());
     let hash = revision::hash_of(&revision, &name)?;
-    let all = caches.observe(&namespace, &name).pods;
+    let all = caches.pods_with(&namespace, names::NAME, &name);
     let mut ready: Vec<&Arc<Pod>> =
         pods::of_revision(&all, hash).filter(|pod| pods::is_ready(pod)).collect();
     ready.sort_by_key(|pod| pod.name_any());

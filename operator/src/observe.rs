@@ -29,11 +29,13 @@ use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
 use crate::revision;
 
+mod index;
 mod nodes_version;
 mod optional;
 mod shares;
 mod touched;
 
+use index::Index;
 use nodes_version::NodesVersion;
 pub use optional::Optional;
 use shares::Shares;
@@ -54,10 +56,12 @@ pub struct Caches {
     budgets: Store<PodDisruptionBudget>,
     policies: Store<NetworkPolicy>,
     revisions: Store<ControllerRevision>,
+    revisions_of: Index,
     jobs: Store<Job>,
     claims: Store<PersistentVolumeClaim>,
     facts: Store<ConfigMap>,
     pods: Store<Pod>,
+    pods_of: Index,
     nodes: Store<Node>,
     nodes_version: NodesVersion,
     /// Kinds of the Prometheus operator, which may be there, come or go.
@@ -131,6 +135,7 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let (facts, facts_writer) = store();
     let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
+    let (revisions_of, pods_of) = (Index::default(), Index::default());
     let scope = Scope { client, namespace };
     let everyone = {
         let objects = objects.clone();
@@ -150,10 +155,12 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         budgets,
         policies,
         revisions,
+        revisions_of: revisions_of.clone(),
         jobs,
         claims,
         facts,
         pods,
+        pods_of: pods_of.clone(),
         nodes,
         nodes_version: NodesVersion::default(),
         pod_monitors,
@@ -170,19 +177,26 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
     let mut triggers = SelectAll::new();
     let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
     let everything = watcher::Config::default();
-    triggers.push(follow(scope.api(), everything.clone(), objects_writer, trim_meta, own));
+    triggers.push(follow(scope.api(), everything.clone(), objects_writer, None, trim_meta, own));
     triggers.push(scope.children(deployments_writer, trim_meta));
     triggers.push(scope.children(services_writer, trim_meta));
     triggers.push(scope.children(service_accounts_writer, trim_meta));
     triggers.push(scope.children(budgets_writer, trim_meta));
     triggers.push(scope.shared(policies_writer));
-    triggers.push(scope.children(revisions_writer, trim_revision));
+    triggers.push(follow(
+        scope.api(),
+        ours(),
+        revisions_writer,
+        Some(revisions_of),
+        trim_revision,
+        |revision: &ControllerRevision| owners(revision),
+    ));
     triggers.push(scope.shared(jobs_writer));
     triggers.push(scope.shared(claims_writer));
     triggers.push(scope.shared(facts_writer));
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
-    triggers.push(follow(scope.api(), ours(), pods_writer, trim_pod, by_label));
+    triggers.push(follow(scope.api(), ours(), pods_writer, Some(pods_of), trim_pod, by_label));
     triggers.push(follow_nodes(Api::all(client.clone()), nodes_writer, caches.clone()));
     triggers.push(monitored);
     triggers.push(ruled);
@@ -212,7 +226,7 @@ impl Scope<'_> {
         writer: reflector::store::Writer<K>,
         trim: fn(&mut K),
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
-        follow(self.api(), ours(), writer, trim, |child: &K| owners(child))
+        follow(self.api(), ours(), writer, None, trim, |child: &K| owners(child))
     }
 
     /// What the objects of one model source have in common.
@@ -222,7 +236,7 @@ impl Scope<'_> {
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
         let mut shares = Shares::of(writer.as_reader());
         let concerned = move |shared: &K| shares.concerned(shared);
-        follow(self.api(), ours(), writer, trim_meta, concerned)
+        follow(self.api(), ours(), writer, None, trim_meta, concerned)
     }
 }
 
@@ -234,6 +248,7 @@ fn follow<K>(
     api: Api<K>,
     config: watcher::Config,
     writer: reflector::store::Writer<K>,
+    index: Option<Index>,
     trim: fn(&mut K),
     mut concerned: impl FnMut(&K) -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
 ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>>
@@ -244,6 +259,11 @@ where
     watcher(api, config)
         .default_backoff()
         .modify(trim)
+        .inspect_ok(move |event| {
+            if let Some(index) = &index {
+                index.note(event);
+            }
+        })
         .reflect(writer)
         .map_ok(move |event| {
             let objects = touched.by(event).into_iter();
@@ -403,6 +423,8 @@ pub struct SeenModel {
     pub claim: Option<Arc<PersistentVolumeClaim>>,
     pub facts: Option<Arc<ConfigMap>>,
     pub job: Option<Arc<Job>>,
+    /// Around the pods of the Job.
+    pub policy: Option<Arc<NetworkPolicy>>,
     pub job_pods: Vec<Arc<Pod>>,
 }
 
@@ -443,12 +465,23 @@ impl Caches {
         K::cache(self).get(&ObjectRef::new(name).within(namespace))
     }
 
-    /// All of one kind in `namespace` that carry `label: value`.
-    pub fn labelled<K: Cached>(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<K>> {
-        by_name(K::cache(self).state_filter(|object| {
-            object.meta().namespace.as_deref() == Some(namespace)
-                && object.labels().get(label).is_some_and(|held| held == value)
-        }))
+    /// Pods of an object, or of a model's Job, which carry `label: value`.
+    pub fn pods_with(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<Pod>> {
+        self.labelled(&self.pods_of, namespace, label, value)
+    }
+
+    /// All that `index` knows in `namespace` and that carry `label: value`. By name: of two like objects every pass must
+    /// tell of the same.
+    fn labelled<K: Cached>(
+        &self,
+        index: &Index,
+        namespace: &str,
+        label: &str,
+        value: &str,
+    ) -> Vec<Arc<K>> {
+        let names = index.names(namespace, value).into_iter();
+        let found = names.filter_map(|name| self.get::<K>(namespace, &name));
+        found.filter(|held| held.labels().get(label).is_some_and(|held| held == value)).collect()
     }
 
     /// Engine pods by namespace and name of their object.
@@ -468,12 +501,12 @@ impl Caches {
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {
         let mut revisions: Vec<Arc<ControllerRevision>> =
-            self.labelled(namespace, names::NAME, name);
+            self.labelled(&self.revisions_of, namespace, names::NAME, name);
         revisions.sort_by_key(|revision| std::cmp::Reverse(revision.revision));
         Seen {
             deployment: self.get(namespace, name),
             revisions,
-            pods: self.labelled(namespace, names::NAME, name),
+            pods: self.pods_with(namespace, names::NAME, name),
             nodes: by_name(self.nodes.state()),
         }
     }
@@ -483,7 +516,8 @@ impl Caches {
             claim: self.get(namespace, &names::model(key)),
             facts: self.get(namespace, &names::model(key)),
             job: self.get(namespace, &names::inspect_job(key)),
-            job_pods: self.labelled(namespace, names::MODEL, key),
+            policy: self.get(namespace, &names::inspect_job(key)),
+            job_pods: self.pods_with(namespace, names::MODEL, key),
         }
     }
 
@@ -499,6 +533,18 @@ impl Caches {
             tokio::time::sleep(CATCH_UP_STEP).await;
         }
         tracing::debug!(kind = %K::kind(&()), namespace, name, "the watch lags behind our write");
+    }
+
+    /// The same for a write of somebody else, after which ours was refused.
+    pub async fn catch_up_changed<K: Cached>(&self, held: &K) {
+        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
+        let (namespace, name) = (held.namespace().unwrap_or_default(), held.name_any());
+        let stands = |now: Arc<K>| now.resource_version() == held.resource_version();
+        while self.get::<K>(&namespace, &name).is_some_and(stands)
+            && tokio::time::Instant::now() < deadline
+        {
+            tokio::time::sleep(CATCH_UP_STEP).await;
+        }
     }
 
     /// The same for a deletion.

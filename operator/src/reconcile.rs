@@ -19,7 +19,7 @@ use plimsoll_crds::{
 
 use crate::apply::{Applied, ApplyError, Owner, Sharing, Writer};
 use crate::decide::{self, Case};
-use crate::desired::{self, Children, Identity, Settings, Surroundings, protection, reach};
+use crate::desired::{self, Children, Identity, Settings, Surroundings, names, protection, reach};
 use crate::events::Repair;
 use crate::measure::Measurements;
 use crate::metrics::Metrics;
@@ -162,7 +162,7 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         return Err(error);
     }
     tell(object, &identity, context, &pass).await?;
-    let pods = context.caches.observe(&identity.namespace, &identity.name).pods;
+    let pods = context.caches.pods_with(&identity.namespace, names::NAME, &identity.name);
     let again = pass.again.into_iter().chain(pods::look_again(&pods, context.now().0)).min();
     Ok(again.map_or_else(Action::await_change, Action::requeue))
 }

@@ -31,7 +31,7 @@ fn ended(message: &str) -> Vec<Arc<Pod>> {
 }
 
 fn seen(job: Option<Arc<Job>>, job_pods: Vec<Arc<Pod>>) -> SeenModel {
-    SeenModel { claim: None, facts: None, job, job_pods }
+    SeenModel { claim: None, facts: None, job, policy: None, job_pods }
 }
 
 fn at_start(seen: &SeenModel, downloads: bool) -> Model {

@@ -80,7 +80,7 @@ async fn answer(State(world): State<Arc<World>>, request: Request) -> Response {
         return respond(Err(refusal));
     }
     if asked.writes() {
-        tokio::time::sleep(world.delay_of(&asked.key.resource)).await;
+        tokio::time::sleep(world.take_delay(&asked.key.resource)).await;
     }
     if asked.writes() && world.refuses(&asked.key.resource) {
         return respond(Err(Refusal::new(500, "InternalError", "a webhook is down")));

@@ -43,7 +43,7 @@ impl Refusal {
 }
 
 /// One change, as watches tell it.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Change {
     pub version: u64,
     pub key: Key,

@@ -46,7 +46,7 @@ pub struct World {
     missed: Mutex<Option<String>>,
     /// The resource of which the API server takes no write.
     refused: Mutex<Option<String>>,
-    /// The resource whose next write takes this long.
+    /// The resource whose next write takes this long, once.
     slow: Mutex<Option<(String, Duration)>>,
     /// Seconds that the operator's clock is ahead.
     pub skew: Mutex<i64>,
@@ -138,13 +138,13 @@ impl World {
         self.refused.lock().expect("no holder panics").as_deref() == Some(resource)
     }
 
-    /// The next write of `resource` reaches the API server after `delay`.
+    /// The next write of `resource`, and that one alone, reaches the API server after `delay`.
     pub fn delay(&self, resource: &str, delay: Duration) {
         *self.slow.lock().expect("no holder panics") = Some((resource.to_owned(), delay));
     }
 
-    /// How long this write of `resource` takes.
-    pub fn delay_of(&self, resource: &str) -> Duration {
+    /// How long this write of `resource` takes; the next takes no time.
+    pub fn take_delay(&self, resource: &str) -> Duration {
         let mut slow = self.slow.lock().expect("no holder panics");
         slow.take_if(|(slow, _)| slow == resource).map_or(Duration::ZERO, |(_, delay)| delay)
     }

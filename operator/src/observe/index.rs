@@ -1,0 +1,99 @@
+//! In: what a watch brings, before its cache takes it in. Out: the names of those objects that carry one of our labels with a
+//! value, so that nobody walks through the pods of a thousand others to find the two of one. A name may be here whose object
+//! is not in the cache yet, or not any more: the cache decides. Pure.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, Mutex};
+
+use kube::ResourceExt;
+use kube::runtime::watcher::Event;
+
+use crate::desired::names;
+
+/// Shared by the watch that fills it and those who ask.
+#[derive(Clone, Default)]
+pub struct Index(Arc<Mutex<Names>>);
+
+#[derive(Default)]
+struct Names {
+    held: HashMap<Key, BTreeSet<String>>,
+    /// Of the list now coming in, which replaces what was held.
+    coming: HashMap<Key, BTreeSet<String>>,
+}
+
+/// Namespace and value of a label; names and digests of models do not meet.
+type Key = (String, String);
+
+impl Index {
+    pub fn note<K: ResourceExt>(&self, event: &Event<K>) {
+        let mut names = self.0.lock().expect("no holder panics");
+        match event {
+            Event::Init => names.coming.clear(),
+            Event::InitApply(object) => insert(&mut names.coming, object),
+            Event::InitDone => names.held = std::mem::take(&mut names.coming),
+            Event::Apply(object) => insert(&mut names.held, object),
+            Event::Delete(object) => {
+                for key in keys(object) {
+                    let Some(held) = names.held.get_mut(&key) else { continue };
+                    held.remove(&object.name_any());
+                    if held.is_empty() {
+                        names.held.remove(&key);
+                    }
+                }
+            }
+        }
+    }
+
+    /// In order.
+    pub fn names(&self, namespace: &str, value: &str) -> Vec<String> {
+        let names = self.0.lock().expect("no holder panics");
+        let key = (namespace.to_owned(), value.to_owned());
+        names.held.get(&key).into_iter().flatten().cloned().collect()
+    }
+}
+
+fn insert<K: ResourceExt>(names: &mut HashMap<Key, BTreeSet<String>>, object: &K) {
+    for key in keys(object) {
+        names.entry(key).or_default().insert(object.name_any());
+    }
+}
+
+fn keys<K: ResourceExt>(object: &K) -> impl Iterator<Item = Key> {
+    let namespace = object.namespace().unwrap_or_default();
+    let values = [names::NAME, names::MODEL].into_iter();
+    values
+        .filter_map(move |label| Some((namespace.clone(), object.labels().get(label)?.to_owned())))
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::api::core::v1::Pod;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn names_come_and_go_with_events_and_a_list_replaces_them_once_it_is_whole() {
+        let index = Index::default();
+        let pod = |name: &str, object: &str| -> Pod {
+            let labels = json!({names::NAME: object});
+            let body = json!({"metadata": {"name": name, "namespace": "n", "labels": labels}});
+            serde_json::from_value(body).unwrap()
+        };
+        let of_a = || index.names("n", "a").join(" ");
+        index.note(&Event::Apply(pod("a-2", "a")));
+        index.note(&Event::Apply(pod("a-1", "a")));
+        index.note(&Event::Apply(pod("b-1", "b")));
+        assert_eq!(of_a(), "a-1 a-2");
+        assert!(index.names("other", "a").is_empty());
+        index.note(&Event::Delete(pod("a-1", "a")));
+        assert_eq!(of_a(), "a-2");
+
+        index.note(&Event::<Pod>::Init);
+        index.note(&Event::InitApply(pod("a-3", "a")));
+        assert_eq!(of_a(), "a-2", "what was there stands until the list is whole");
+        index.note(&Event::<Pod>::InitDone);
+        assert_eq!(of_a(), "a-3");
+        assert!(index.names("n", "b").is_empty());
+    }
+}
