@@ -153,9 +153,7 @@ impl<'a> Look<'a> {
         let Look { writer, wanted, .. } = self;
         let (identity, key) = (wanted.identity, wanted.key);
         join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
-        if self.still_holds() {
-            share(writer, wanted, wanted.policy()).await?;
-        }
+        share_while(writer, wanted, wanted.policy(), || self.still_holds()).await?;
         if self.still_holds() {
             join_present::<Job>(writer, identity, &names::inspect_job(key)).await?;
         }
@@ -182,8 +180,8 @@ fn retry_in(job: &Job, now: Timestamp) -> Duration {
     if is_behind { Duration::ZERO } else { patience.saturating_sub(passed) }
 }
 
-/// Takes a share in the model of what stands, and gives up those in all others: at once in Jobs, in downloads and what
-/// is known of them only when `settled`, since until then pods of an older revision may serve from them.
+/// Takes a share in the model of what stands, and gives up those in all others: at once in Jobs and in what was known, but
+/// in downloads and what is known of them only when `settled`, since until then pods of an older revision may serve from them.
 pub async fn belong(
     writer: &Writer<'_>,
     identity: &Identity,
@@ -192,12 +190,15 @@ pub async fn belong(
 ) -> Result<(), ApplyError> {
     join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
     join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
-    leave_kind::<Job>(writer, identity, key).await?;
-    leave_kind::<NetworkPolicy>(writer, identity, key).await?;
-    if settled {
-        leave_kind::<ConfigMap>(writer, identity, key).await?;
-        leave_kind::<PersistentVolumeClaim>(writer, identity, key).await?;
-    }
+    leave_kind::<Job>(writer, identity, key, |_| true).await?;
+    leave_kind::<NetworkPolicy>(writer, identity, key, |_| true).await?;
+    // Facts say that a download is whole, and bear its name.
+    let downloaded = |facts: &ConfigMap| {
+        let namespace = identity.namespace.as_str();
+        writer.caches.get::<PersistentVolumeClaim>(namespace, &facts.name_any()).is_some()
+    };
+    leave_kind::<ConfigMap>(writer, identity, key, |facts| settled || !downloaded(facts)).await?;
+    leave_kind::<PersistentVolumeClaim>(writer, identity, key, |_| settled).await?;
     let seen = writer.caches.observe_model(&identity.namespace, key);
     // A policy without a Job is left over; whoever is about to make a Job has no facts.
     match seen.policy.filter(|_| seen.job.is_none() && seen.facts.is_some()) {
@@ -210,12 +211,14 @@ async fn leave_kind<K: Cached>(
     writer: &Writer<'_>,
     identity: &Identity,
     used: &str,
+    may_go: impl Fn(&K) -> bool,
 ) -> Result<(), ApplyError> {
     let unused = |held: &K| {
         let key = held.labels().get(names::MODEL);
         held.meta().namespace.as_deref() == Some(identity.namespace.as_str())
             && key.is_some_and(|key| key != used)
             && held.owner_references().iter().any(|owner| owner.uid == identity.uid)
+            && may_go(held)
     };
     if K::cache(writer.caches).find(unused).is_none() {
         return Ok(());
@@ -243,8 +246,19 @@ async fn share<K: Cached>(
     wanted: &Wanted<'_>,
     want: Want<K>,
 ) -> Result<(), ApplyError> {
+    share_while(writer, wanted, want, || true).await
+}
+
+/// The same while it is wanted: others may take it away between two looks.
+async fn share_while<K: Cached>(
+    writer: &Writer<'_>,
+    wanted: &Wanted<'_>,
+    want: Want<K>,
+    is_wanted: impl Fn() -> bool,
+) -> Result<(), ApplyError> {
     for _ in 0..LOOKS_MAX {
-        if writer.create(&want, Owner::Model { key: wanted.key }).await?
+        if !is_wanted()
+            || writer.create(&want, Owner::Model { key: wanted.key }).await?
             || join_present::<K>(writer, wanted.identity, want.name()).await?
         {
             return Ok(());

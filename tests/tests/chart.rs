@@ -7,7 +7,7 @@
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-use plimsoll_tests::cluster::{Tools, shared_api_server};
+use plimsoll_tests::cluster::{Tools, has_tools, shared_api_server};
 use plimsoll_tests::install::{NAMESPACE, root};
 use serde::Deserialize;
 use serde_json::Value;
@@ -76,7 +76,9 @@ fn the_chart_is_clean_and_an_api_server_takes_what_it_renders() {
 
 #[test]
 fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_but_nodes() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let rendered = template(&tools, &["watchNamespace=team"]).unwrap();
     let objects = objects(&rendered);
@@ -97,7 +99,9 @@ fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_bu
 /// The table in docs/security.md, which people read before they install, against the roles they get.
 #[test]
 fn the_rights_are_those_of_the_page_on_security() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let page = include_str!("../../docs/security.md");
     let table = page.split("## What the operator may do").nth(1).unwrap();
@@ -136,7 +140,9 @@ fn the_rights_are_those_of_the_page_on_security() {
 /// One that is not there any more, or under another name, makes objects that nobody can change or delete.
 #[test]
 fn kserve_5398_there_is_no_webhook_to_outlive_an_upgrade() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let every = [
         "metrics.serviceMonitor.enabled=true",
@@ -151,7 +157,9 @@ fn kserve_5398_there_is_no_webhook_to_outlive_an_upgrade() {
 
 #[test]
 fn monitors_rules_and_dashboards_are_what_their_readers_take() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let settings = [
         "metrics.serviceMonitor.enabled=true",
@@ -191,7 +199,9 @@ fn monitors_rules_and_dashboards_are_what_their_readers_take() {
 
 #[test]
 fn the_crd_outlives_the_chart_unless_told_otherwise() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let crd = |settings: &[&str]| {
         let objects = objects(&template(&tools, settings).unwrap());
@@ -205,7 +215,9 @@ fn the_crd_outlives_the_chart_unless_told_otherwise() {
 
 #[test]
 fn every_release_has_a_lease_of_its_own() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let chart = root().join("charts/plimsoll").display().to_string();
     for release in ["plimsoll", "another"] {
@@ -220,7 +232,9 @@ fn every_release_has_a_lease_of_its_own() {
 
 #[test]
 fn prometheus_is_told_to_the_operator_with_authority_and_token_from_mounts() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     let pod = |settings: &[&str]| {
         let objects = objects(&template(&tools, settings).unwrap());
@@ -248,7 +262,9 @@ fn prometheus_is_told_to_the_operator_with_authority_and_token_from_mounts() {
 
 #[test]
 fn values_that_do_not_exist_are_refused() {
-    let Some(_server) = shared_api_server() else { return };
+    if !has_tools() {
+        return;
+    }
     let tools = Tools::find().unwrap();
     for setting in [
         "operator.replicas=9",

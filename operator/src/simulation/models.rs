@@ -37,9 +37,16 @@ fn policies_of_jobs(world: &World) -> usize {
 }
 
 fn jobs_made(world: &World) -> usize {
+    made(world, "jobs", |_| true)
+}
+
+/// How many objects came that are as they should be.
+fn made(world: &World, resource: &str, is_meant: impl Fn(&Value) -> bool) -> usize {
     let store = world.store();
     let made = store.log.iter().filter(|change| {
-        change.key.resource == "jobs" && change.before.is_none() && change.after.is_some()
+        change.key.resource == resource
+            && change.before.is_none()
+            && change.after.as_ref().is_some_and(&is_meant)
     });
     made.count()
 }
@@ -89,6 +96,7 @@ fn who_joins_while_the_job_ends_hears_what_it_said_and_leaves_nothing_behind() {
             assert_eq!(world.store().all("jobs").len(), 0, "{shared}");
             assert_eq!(jobs_made(&world), 1, "{shared}");
             assert_eq!(policies_of_jobs(&world), 0, "{shared}: it goes with the Job");
+            assert_eq!(made(&world, "networkpolicies", is_around_a_job), 1, "{shared}");
             rest(&world).await;
         });
         // Nobody was told of it as of a failure.

@@ -34,7 +34,7 @@ fn whatever_goes_wrong_the_cluster_comes_to_what_the_spec_says() {
     let workers = std::thread::available_parallelism().unwrap().get() as u64;
     let some_worlds = |worker: u64| {
         let seeds = (first() + worker..first() + seeds()).step_by(workers as usize);
-        seeds.map(|seed| (seed, tell_one(seed))).collect::<Vec<_>>()
+        seeds.map(|seed| (seed, outcome_of(seed))).collect::<Vec<_>>()
     };
     // A world has a runtime of its own, so that worlds go on side by side.
     let told: Vec<_> = std::thread::scope(|scope| {
@@ -64,7 +64,7 @@ fn whatever_goes_wrong_the_cluster_comes_to_what_the_spec_says() {
 }
 
 /// Nothing where the world did not come to what it should.
-fn tell_one(seed: u64) -> Option<(usize, u64)> {
+fn outcome_of(seed: u64) -> Option<(usize, u64)> {
     let told = std::panic::catch_unwind(|| one_world(seed)).ok();
     if told.is_none() {
         eprintln!("that was seed {seed}");

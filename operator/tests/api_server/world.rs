@@ -231,18 +231,15 @@ impl World {
 
     /// Waits for an event with all of `parts` in its note: events follow the status that they tell of.
     pub async fn told(&self, reason: &str, parts: &[&str]) {
-        for _ in 0..200 {
-            let events = self.list::<Event>("").await;
-            let is_it = |event: &Event| {
-                let note = event.note.as_deref().unwrap_or_default();
-                event.reason.as_deref() == Some(reason) && parts.iter().all(|p| note.contains(p))
-            };
-            if events.iter().any(is_it) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
+        let is_it = |event: &Event| {
+            let note = event.note.as_deref().unwrap_or_default();
+            event.reason.as_deref() == Some(reason) && parts.iter().all(|part| note.contains(part))
+        };
+        let began = Instant::now();
+        while !self.list::<Event>("").await.iter().any(is_it) {
+            assert!(began.elapsed() < PATIENCE, "no event {reason} told of {parts:?}");
+            sleep(Duration::from_millis(20)).await;
         }
-        panic!("no event {reason} told of {parts:?}");
     }
 
     pub async fn eventually_gone<K: Kind>(&self, name: &str) {

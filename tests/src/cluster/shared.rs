@@ -1,4 +1,4 @@
-//! One cluster for all tests of a test binary; of API servers as many as tests that run side by side.
+//! One cluster for all tests of a test binary; of API servers a few, so that tests go on side by side.
 //!
 //! In: nothing. Out: the node, or an API server, held by one test at a time; or nothing and one
 //! clear line where this machine cannot have it. Never silently left out: with
@@ -6,8 +6,7 @@
 
 use std::fs::File;
 use std::ops::Deref;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, OnceLock, PoisonError};
 
 use anyhow::{Context, Result, bail};
 
@@ -21,13 +20,19 @@ use super::tools::Tools;
 /// The name of the node that tests share; `make cluster` uses another.
 const TEST_NODE: &str = "test";
 
-/// API servers of one test binary; 400 MB each. Tests mostly wait, so that several go on at once even on two cores.
+/// API servers of one test binary; 400 MB each.
 const API_SERVERS_MAX: usize = 4;
 
 /// Exclusive use of a cluster that outlives the test.
 pub struct Shared<T: 'static> {
     cluster: &'static T,
-    _turn: MutexGuard<'static, ()>,
+    _turn: Turn,
+}
+
+/// What its holder alone has, until it is dropped.
+enum Turn {
+    Node(#[expect(dead_code, reason = "held, not read")] MutexGuard<'static, ()>),
+    Seat(#[expect(dead_code, reason = "held, not read")] Seat),
 }
 
 impl<T> Deref for Shared<T> {
@@ -50,7 +55,7 @@ pub fn shared_node() -> Option<Shared<Node>> {
     }
     let node = NODE.get_or_init(|| start_node().map_err(|error| format!("{error:#}")));
     match node {
-        Ok(cluster) => Some(Shared { cluster, _turn: turn }),
+        Ok(cluster) => Some(Shared { cluster, _turn: Turn::Node(turn) }),
         Err(error) => panic!("the test node did not start: {error}"),
     }
 }
@@ -58,39 +63,57 @@ pub fn shared_node() -> Option<Shared<Node>> {
 /// An API server alone that no other test has now, brought up by the first test that finds none free; `None` as for the
 /// node, but root is not needed.
 pub fn shared_api_server() -> Option<Shared<ApiServer>> {
-    static TURNS: [Mutex<()>; API_SERVERS_MAX] = [const { Mutex::new(()) }; API_SERVERS_MAX];
-    static SERVERS: [OnceLock<Result<ApiServer, String>>; API_SERVERS_MAX] =
-        [const { OnceLock::new() }; API_SERVERS_MAX];
-    if let Err(error) = Tools::find() {
-        leave_out(&format!("{error:#}"));
-        return None;
-    }
-    let (number, turn) = free_turn(&TURNS);
-    match SERVERS[number].get_or_init(start_api_server) {
-        Ok(cluster) => Some(Shared { cluster, _turn: turn }),
-        Err(error) => panic!("the test API server did not start: {error}"),
+    has_tools().then(|| {
+        let mut seat = Seat::take();
+        let cluster = *seat.server.get_or_insert_with(|| Box::leak(Box::new(start_api_server())));
+        Shared { cluster, _turn: Turn::Seat(seat) }
+    })
+}
+
+/// Whether what builds clusters is installed. Where it is not, that has been said on standard error.
+pub fn has_tools() -> bool {
+    Tools::find().inspect_err(|error| leave_out(&format!("{error:#}"))).is_ok()
+}
+
+/// A place for one API server, empty until somebody needed it.
+struct Seat {
+    server: Option<&'static ApiServer>,
+}
+
+/// Those that nobody has.
+static FREE: Mutex<Vec<Option<&'static ApiServer>>> = Mutex::new(Vec::new());
+static GIVEN_BACK: Condvar = Condvar::new();
+
+impl Seat {
+    /// Waits while all are taken. One that runs is taken before one that does not.
+    fn take() -> Seat {
+        static FILLED: Once = Once::new();
+        FILLED.call_once(|| free_seats().resize(API_SERVERS_MAX, None));
+        let mut free = GIVEN_BACK
+            .wait_while(free_seats(), |free| free.is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        let running = free.iter().position(Option::is_some).unwrap_or(0);
+        Seat { server: free.remove(running) }
     }
 }
 
-/// The first turn that nobody has; where all are taken, one after the other is waited for.
-fn free_turn(turns: &'static [Mutex<()>]) -> (usize, MutexGuard<'static, ()>) {
-    static WAITING: AtomicUsize = AtomicUsize::new(0);
-    for (number, turn) in turns.iter().enumerate() {
-        match turn.try_lock() {
-            Ok(turn) => return (number, turn),
-            Err(TryLockError::Poisoned(turn)) => return (number, turn.into_inner()),
-            Err(TryLockError::WouldBlock) => {}
-        }
+impl Drop for Seat {
+    fn drop(&mut self) {
+        free_seats().push(self.server);
+        GIVEN_BACK.notify_one();
     }
-    let number = WAITING.fetch_add(1, Ordering::Relaxed) % turns.len();
-    (number, turns[number].lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// One at a time: ports that one found free are its own only once it listens there.
-fn start_api_server() -> Result<ApiServer, String> {
+fn free_seats() -> MutexGuard<'static, Vec<Option<&'static ApiServer>>> {
+    FREE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One at a time, and with other ports where another program took one that was free a moment ago.
+fn start_api_server() -> ApiServer {
     static STARTING: Mutex<()> = Mutex::new(());
     let _one = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-    ApiServer::start().map_err(|error| format!("{error:#}"))
+    let started = ApiServer::start().or_else(|_| ApiServer::start());
+    started.unwrap_or_else(|error| panic!("the test API server did not start: {error:#}"))
 }
 
 /// A control plane with a fleet of fake nodes, of its own; `None` as for the node.

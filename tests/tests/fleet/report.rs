@@ -8,39 +8,45 @@ const CHILDREN: f64 = 6.0;
 
 pub struct Target {
     pub name: &'static str,
+    /// NaN where it was not measured, which keeps to nothing.
     pub measured: f64,
     pub wanted: f64,
-    pub is_met: bool,
     /// What a short run has to keep to, on a machine with other work. Nothing is asked of times there.
     pub wanted_anywhere: Option<f64>,
+}
+
+impl Target {
+    pub fn keeps_to(&self, bound: f64) -> bool {
+        self.measured <= bound
+    }
 }
 
 /// What issue and README promise.
 pub fn targets(figures: &Value) -> Vec<Target> {
     let target = |name, pointer: &str, wanted, wanted_anywhere| {
         let measured = figures.pointer(pointer).and_then(Value::as_f64).unwrap_or(f64::NAN);
-        Target { name, measured, wanted, is_met: measured <= wanted, wanted_anywhere }
+        Target { name, measured, wanted, wanted_anywhere }
     };
     let time = |name, pointer, wanted| target(name, pointer, wanted, None);
-    let count = |name, pointer, wanted| target(name, pointer, wanted, Some(wanted));
+    let amount = |name, pointer, wanted| target(name, pointer, wanted, Some(wanted));
     vec![
         time("all children of a burst, s", "/creation/allChildrenAfter", 25.0),
         time("object to last child in a trickle, p99, s", "/trickle/objectToLastChild/p99", 0.3),
-        // Slow controllers show some objects between their pod and its being Ready: a status more.
+        // Slow controllers show an object in three between its pod and its being Ready: a status more.
         target(
             "writes per object until quiet",
             "/creation/requests/writesPerObject",
             CHILDREN + 4.0,
-            Some(CHILDREN + 5.0),
+            Some(CHILDREN + 4.35),
         ),
         time("Ready after its pod, p99, s", "/creation/podReadyToReady/p99", 1.0),
-        count("writes at rest", "/rest/requests/writes", 0.0),
-        count("reads at rest beside watches", "/rest/requests/reads", 0.0),
+        amount("writes at rest", "/rest/requests/writes", 0.0),
+        amount("reads at rest beside watches", "/rest/requests/reads", 0.0),
         time("operator at rest, % of a core", "/rest/operatorPercentOfACore", 0.2),
-        count("writes at a restart", "/restart/requests/writes", 0.0),
+        amount("writes at a restart", "/restart/requests/writes", 0.0),
         time("every object looked at after a restart, s", "/restart/everyObjectLookedAtAfter", 5.0),
-        count("resident memory at most, MB", "/residentMB/max", 60.0),
-        count("the same after a restart", "/residentMB/maxAfterRestart", 60.0),
+        amount("resident memory at most, MB", "/residentMB/max", 60.0),
+        amount("the same after a restart", "/residentMB/maxAfterRestart", 60.0),
     ]
 }
 
@@ -145,8 +151,8 @@ pub fn markdown(figures: &Value) -> String {
     }
     page.push_str("\n| target | wanted | measured | |\n|---|---|---|---|\n");
     for target in targets(&figures["plimsoll"]) {
-        let Target { name, measured, wanted, is_met, .. } = target;
-        let verdict = if is_met { "met" } else { "**missed**" };
+        let verdict = if target.keeps_to(target.wanted) { "met" } else { "**missed**" };
+        let Target { name, measured, wanted, .. } = target;
         page.push_str(&format!("| {name} | ≤ {wanted} | {measured} | {verdict} |\n"));
     }
     page

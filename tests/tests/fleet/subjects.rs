@@ -2,15 +2,18 @@
 //! it looks like, and how it is started. Never here: measuring.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use k8s_openapi::ByteString;
 use plimsoll_crds::generated;
-use plimsoll_tests::cluster::{Daemon, Fleet};
+use plimsoll_tests::cluster::{Daemon, Fleet, wait_until};
 use plimsoll_tests::install;
 use serde_json::{Value, json};
 
 use crate::watch::condition;
+
+const ESTABLISHED_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
 pub struct Kind {
@@ -100,12 +103,13 @@ pub const LEADER_WORKER_SET: Subject = Subject {
             // Too large for the annotation that client-side apply keeps.
             fleet.kubectl().run_with_input(&["apply", "--server-side", "-f", "-"], &crd)?;
         }
-        let wait = [
-            "wait",
-            "--for=condition=Established",
-            "crd/leaderworkersets.leaderworkerset.x-k8s.io",
-        ];
-        fleet.kubectl().run(&wait).map(drop)
+        let crd = "crd/leaderworkersets.leaderworkerset.x-k8s.io";
+        let wait = ["wait", "--for=condition=Established", crd];
+        // One that was stored a moment ago has no conditions yet, and kubectl takes that for an error.
+        wait_until("its kind is established", ESTABLISHED_MAX, || {
+            Ok(fleet.kubectl().run(&wait).ok())
+        })
+        .map(drop)
     },
     start: start_lws,
 };
