@@ -115,29 +115,36 @@ fn delete_a_pod(stage: &Stage<'_>) {
     two_answer(stage, &before[0]);
 }
 
-/// Waits for two pods that answer, neither of them `gone`.
+/// Waits for two pods that answer, neither of them `gone`. They say so themselves: status follows a moment later.
 fn two_answer(stage: &Stage<'_>, gone: &str) {
     wait_until(&format!("another pod than {gone} answers"), READY_MAX, || {
-        let now = stage.pods(NAME)?;
         let ready = stage.get(&["llmd", NAME])?["status"]["readyReplicas"] == 2;
-        Ok((ready && now.len() == 2 && !now.iter().any(|name| name == gone)).then_some(()))
+        let stay = staying(stage)?;
+        let answers = |pod: &Value| {
+            let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
+            pod["metadata"]["name"] != gone
+                && conditions.any(|held| held["type"] == "Ready" && held["status"] == "True")
+        };
+        Ok((ready && stay.len() == 2 && stay.iter().all(answers)).then_some(()))
     })
     .unwrap();
 }
 
+/// Pods that are not on their way out.
+fn staying(stage: &Stage<'_>) -> Result<Vec<Value>> {
+    let pods = stage.get(&["pods", &format!("--selector=plimsoll.dev/name={NAME}")])?;
+    let mut pods = pods["items"].as_array().cloned().unwrap_or_default();
+    pods.retain(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+    Ok(pods)
+}
+
 /// Kills the engine of one pod while both have streams; returns how many broke on it. None may break on the other.
 fn kill_an_engine(stage: &Stage<'_>) -> usize {
-    let pods = stage.get(&["pods", &format!("--selector=plimsoll.dev/name={NAME}")]).unwrap();
-    let here: Vec<&Value> = pods["items"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null())
-        .collect();
+    let here = staying(stage).unwrap();
     let address = |pod: &Value| -> SocketAddr {
         format!("{}:8000", pod["status"]["podIP"].as_str().unwrap()).parse().unwrap()
     };
-    let (killed, spared) = (here[0], here[1]);
+    let (killed, spared) = (&here[0], &here[1]);
     let over = AtomicBool::new(false);
     let (lost, kept) = std::thread::scope(|scope| {
         let ends = Over(&over);
