@@ -7,7 +7,7 @@
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-use plimsoll_tests::cluster::{Tools, has_tools, shared_api_server};
+use plimsoll_tests::cluster::{Tools, shared_api_server, tools};
 use plimsoll_tests::install::{NAMESPACE, root};
 use serde::Deserialize;
 use serde_json::Value;
@@ -76,10 +76,7 @@ fn the_chart_is_clean_and_an_api_server_takes_what_it_renders() {
 
 #[test]
 fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_but_nodes() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let rendered = template(&tools, &["watchNamespace=team"]).unwrap();
     let objects = objects(&rendered);
     assert!(!rendered.contains("secrets]") && !rendered.contains("- secrets"), "{rendered}");
@@ -99,10 +96,7 @@ fn no_role_reads_secrets_and_a_namespaced_operator_has_no_cluster_wide_rights_bu
 /// The table in docs/security.md, which people read before they install, against the roles they get.
 #[test]
 fn the_rights_are_those_of_the_page_on_security() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let page = include_str!("../../docs/security.md");
     let table = page.split("## What the operator may do").nth(1).unwrap();
     let rows = table.lines().filter(|line| line.starts_with("| ")).skip(1);
@@ -140,10 +134,7 @@ fn the_rights_are_those_of_the_page_on_security() {
 /// One that is not there any more, or under another name, makes objects that nobody can change or delete.
 #[test]
 fn kserve_5398_there_is_no_webhook_to_outlive_an_upgrade() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let every = [
         "metrics.serviceMonitor.enabled=true",
         "metrics.rules.enabled=true",
@@ -157,10 +148,7 @@ fn kserve_5398_there_is_no_webhook_to_outlive_an_upgrade() {
 
 #[test]
 fn monitors_rules_and_dashboards_are_what_their_readers_take() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let settings = [
         "metrics.serviceMonitor.enabled=true",
         "metrics.rules.enabled=true",
@@ -199,10 +187,7 @@ fn monitors_rules_and_dashboards_are_what_their_readers_take() {
 
 #[test]
 fn the_crd_outlives_the_chart_unless_told_otherwise() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let crd = |settings: &[&str]| {
         let objects = objects(&template(&tools, settings).unwrap());
         named(&objects, "CustomResourceDefinition", "llmdeployments.plimsoll.dev").cloned()
@@ -215,10 +200,7 @@ fn the_crd_outlives_the_chart_unless_told_otherwise() {
 
 #[test]
 fn every_release_has_a_lease_of_its_own() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let chart = root().join("charts/plimsoll").display().to_string();
     for release in ["plimsoll", "another"] {
         let rendered = helm(&tools, &["template", release, &chart, "--namespace", NAMESPACE]);
@@ -232,10 +214,7 @@ fn every_release_has_a_lease_of_its_own() {
 
 #[test]
 fn prometheus_is_told_to_the_operator_with_authority_and_token_from_mounts() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     let pod = |settings: &[&str]| {
         let objects = objects(&template(&tools, settings).unwrap());
         named(&objects, "Deployment", "plimsoll").unwrap()["spec"]["template"]["spec"].clone()
@@ -262,10 +241,7 @@ fn prometheus_is_told_to_the_operator_with_authority_and_token_from_mounts() {
 
 #[test]
 fn values_that_do_not_exist_are_refused() {
-    if !has_tools() {
-        return;
-    }
-    let tools = Tools::find().unwrap();
+    let Some(tools) = tools() else { return };
     for setting in [
         "operator.replicas=9",
         "watchNamespaces=a",

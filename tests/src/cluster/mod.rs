@@ -28,5 +28,5 @@ pub use kubectl::Kubectl;
 pub use node::{NODE_NAME, Node};
 pub use process::{Daemon, Lifetime, wait_until};
 pub use prometheus::{PROMETHEUS_TLS, Prometheus};
-pub use shared::{Shared, has_tools, shared_api_server, shared_fleet, shared_node};
+pub use shared::{Shared, shared_api_server, shared_fleet, shared_node, tools};
 pub use tools::Tools;

@@ -63,16 +63,15 @@ pub fn shared_node() -> Option<Shared<Node>> {
 /// An API server alone that no other test has now, brought up by the first test that finds none free; `None` as for the
 /// node, but root is not needed.
 pub fn shared_api_server() -> Option<Shared<ApiServer>> {
-    has_tools().then(|| {
-        let mut seat = Seat::take();
-        let cluster = *seat.server.get_or_insert_with(|| Box::leak(Box::new(start_api_server())));
-        Shared { cluster, _turn: Turn::Seat(seat) }
-    })
+    tools()?;
+    let mut seat = Seat::take();
+    let cluster = *seat.server.get_or_insert_with(|| Box::leak(Box::new(start_api_server())));
+    Some(Shared { cluster, _turn: Turn::Seat(seat) })
 }
 
-/// Whether what builds clusters is installed. Where it is not, that has been said on standard error.
-pub fn has_tools() -> bool {
-    Tools::find().inspect_err(|error| leave_out(&format!("{error:#}"))).is_ok()
+/// What builds clusters. Where it is not installed, that has been said on standard error.
+pub fn tools() -> Option<Tools> {
+    Tools::find().inspect_err(|error| leave_out(&format!("{error:#}"))).ok()
 }
 
 /// A place for one API server, empty until somebody needed it.
