@@ -1,6 +1,7 @@
 //! In: objects we want, and the caches. Out: the cluster made so, by server-side apply under one field manager, and only
 //! where a field of ours differs. Never here: what to want. An object that belongs to someone else is left alone.
 
+use std::collections::HashSet;
 use std::marker::PhantomData;
 
 use k8s_openapi::api::core::v1::Pod;
@@ -81,12 +82,48 @@ pub enum Applied {
     Created,
 }
 
+/// No stored object has this version: etcd counts from 1, and the first object stored is its second change. Applied under a
+/// name that is free it stands in the way of nothing, under one that is taken it is a conflict: so nobody asks before.
+const NOBODYS_VERSION: &str = "1";
+
+/// What became of a name that was to be free.
+enum Name<K> {
+    WasFree,
+    /// By whom; none where it was gone by then, or the server has another idea of versions.
+    Taken(Option<K>),
+}
+
+/// Names that others had when we wanted them.
+#[derive(Default)]
+pub struct Taken(std::sync::Mutex<HashSet<String>>);
+
+/// Nobody tells of names that nobody wants any more.
+const TAKEN_MAX: usize = 10_000;
+
+impl Taken {
+    fn holds(&self, name: &str) -> bool {
+        self.0.lock().expect("no holder panics").contains(name)
+    }
+
+    fn note(&self, name: String, is_taken: bool) {
+        let mut names = self.0.lock().expect("no holder panics");
+        if names.len() >= TAKEN_MAX {
+            names.clear();
+        }
+        match is_taken {
+            true => names.insert(name),
+            false => names.remove(&name),
+        };
+    }
+}
+
 /// Writes for one object of ours.
 pub struct Writer<'a> {
     pub client: &'a Client,
     pub caches: &'a Caches,
     pub metrics: &'a Metrics,
     pub sharing: &'a Sharing,
+    pub taken: &'a Taken,
 }
 
 /// Who changes the owners of what several objects share: one at a time, until the cache shows it. One process leads, so
@@ -161,8 +198,11 @@ impl Writer<'_> {
         let api: Api<K> = Api::namespaced(self.client.clone(), namespace);
         let live = match self.caches.get::<K>(namespace, name) {
             Some(live) => Some(live),
-            // The cache sees only what carries our label. Before we create, we ask whether the name is free.
-            None => api.get_opt(name).await.map_err(|source| failed(want, source))?.map(Into::into),
+            // The cache sees only what carries our label: the name may be taken all the same.
+            None => match self.apply_where_free(&api, want, &body).await? {
+                Name::WasFree => return Ok(Applied::Created),
+                Name::Taken(live) => live.map(Into::into),
+            },
         };
         let mut applied = Applied::Created;
         if let Some(live) = &live {
@@ -190,6 +230,32 @@ impl Writer<'_> {
         let written = answer.map_err(|source| failed(want, source))?;
         self.wrote(&written, "applied").await;
         Ok(applied)
+    }
+
+    /// Applies `body` where nobody has its name; else who has it now. Of a name that was taken is asked from then on.
+    async fn apply_where_free<K: Cached>(
+        &self,
+        api: &Api<K>,
+        want: &Want<K>,
+        body: &Value,
+    ) -> Result<Name<K>, ApplyError> {
+        let taken = format!("{} {}/{}", K::kind(&()), want.namespace(), want.name());
+        if !self.taken.holds(&taken) {
+            let mut conditional = body.clone();
+            conditional["metadata"]["resourceVersion"] = NOBODYS_VERSION.into();
+            let params = PatchParams::apply(names::MANAGER).force();
+            match api.patch(want.name(), &params, &Patch::Apply(&conditional)).await {
+                Ok(written) => {
+                    self.wrote(&written, "applied").await;
+                    return Ok(Name::WasFree);
+                }
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(source) => return Err(failed(want, source)),
+            }
+        }
+        let live = api.get_opt(want.name()).await.map_err(|source| failed(want, source))?;
+        self.taken.note(taken, live.is_some());
+        Ok(Name::Taken(live))
     }
 
     /// Creates `want` where it is absent, and never changes it after; true when that took a write. Revisions and what
@@ -285,7 +351,7 @@ impl Writer<'_> {
             Ok(written) => {
                 let version = written.resource_version().unwrap_or_default();
                 self.metrics.wrote("Status");
-                self.caches.catch_up::<LLMDeployment>(namespace, name, &version).await;
+                self.caches.catch_up_object(namespace, name, &version).await;
                 Ok(())
             }
             Err(source) => {

@@ -21,7 +21,7 @@ use crate::reconcile::{Context, NEIGHBOURS_AGAIN, Pass};
 use crate::revision::{self, Content, Revision};
 use crate::spec::{PlanPolicy, Spec};
 use crate::status::{self, Said};
-use crate::{change, fields, lifecycle, neighbours, pods};
+use crate::{change, fields, lifecycle, pods};
 
 /// One object at one moment.
 pub struct Case<'a> {
@@ -297,7 +297,9 @@ async fn replan(
         return Ok(Outcome::Unknown);
     };
     let scope = context.namespace.as_deref();
-    let neighbours = neighbours::read(&context.client, &context.caches, scope, identity)
+    let neighbours = context
+        .readings
+        .of(&context.client, &context.caches, scope, identity)
         .await
         .map_err(|source| ApplyError::Neighbours { source })?;
     let nodes = plan::nodes(&seen.nodes, &neighbours);

@@ -1,11 +1,13 @@
 //! In: the status before and after a pass. Out: the events that tell of the transitions between them, and their way to
 //! the API server. A pass that changes nothing says nothing. An event that cannot be sent is logged and lost.
 
+use std::sync::Mutex;
+
 use k8s_openapi::Resource as _;
 use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::ObjectReference;
-use kube::runtime::events::{Event, EventType, Recorder};
-use kube::{Resource, ResourceExt};
+use kube::runtime::events::{Event, EventType, Recorder, Reporter};
+use kube::{Client, Resource, ResourceExt};
 use plimsoll_crds::{
     ConditionType, LLMDeployment, LLMDeploymentStatus, OfferStatus, RolloutState, RolloutStatus,
 };
@@ -172,11 +174,32 @@ fn of_revision(event: Event, name: &str) -> Event {
     Event { secondary: Some(secondary), ..event }
 }
 
-pub async fn publish(recorder: &Recorder, object: &LLMDeployment, events: &[Event]) {
-    for event in events {
-        if let Err(error) = recorder.publish(event, &object.object_ref(&())).await {
-            tracing::warn!(%error, object = object.name_any(), "an event was lost");
+/// Tells events to the API server. Of two that are alike within minutes the second only raises a count: so those told are
+/// remembered, until there is nothing more to tell.
+pub struct Teller {
+    client: Client,
+    reporter: Reporter,
+    recorder: Mutex<Recorder>,
+}
+
+impl Teller {
+    pub fn new(client: Client, reporter: Reporter) -> Teller {
+        let recorder = Mutex::new(Recorder::new(client.clone(), reporter.clone()));
+        Teller { client, reporter, recorder }
+    }
+
+    pub async fn publish(&self, object: &LLMDeployment, events: &[Event]) {
+        let recorder = self.recorder.lock().expect("no holder panics").clone();
+        for event in events {
+            if let Err(error) = recorder.publish(event, &object.object_ref(&())).await {
+                tracing::warn!(%error, object = object.name_any(), "an event was lost");
+            }
         }
+    }
+
+    pub fn forget(&self) {
+        let empty = Recorder::new(self.client.clone(), self.reporter.clone());
+        *self.recorder.lock().expect("no holder panics") = empty;
     }
 }
 

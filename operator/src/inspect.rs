@@ -195,13 +195,16 @@ pub async fn belong(
     // Facts say that a download is whole, and bear its name.
     let downloaded = |facts: &ConfigMap| {
         let namespace = identity.namespace.as_str();
-        writer.caches.get::<PersistentVolumeClaim>(namespace, &facts.name_any()).is_some()
+        writer.caches.holds::<PersistentVolumeClaim>(namespace, &facts.name_any())
     };
     leave_kind::<ConfigMap>(writer, identity, key, |facts| settled || !downloaded(facts)).await?;
     leave_kind::<PersistentVolumeClaim>(writer, identity, key, |_| settled).await?;
-    let seen = writer.caches.observe_model(&identity.namespace, key);
+    let (caches, namespace) = (writer.caches, identity.namespace.as_str());
     // A policy without a Job is left over; whoever is about to make a Job has no facts.
-    match seen.policy.filter(|_| seen.job.is_none() && seen.facts.is_some()) {
+    let name = names::inspect_job(key);
+    let is_over = caches.holds::<ConfigMap>(namespace, &names::model(key))
+        && !caches.holds::<Job>(namespace, &name);
+    match caches.get::<NetworkPolicy>(namespace, &name).filter(|_| is_over) {
         Some(policy) => writer.delete(policy.as_ref()).await,
         None => Ok(()),
     }
@@ -213,18 +216,18 @@ async fn leave_kind<K: Cached>(
     used: &str,
     may_go: impl Fn(&K) -> bool,
 ) -> Result<(), ApplyError> {
-    let unused = |held: &K| {
+    let unused = |held: &Arc<K>| {
         let key = held.labels().get(names::MODEL);
-        held.meta().namespace.as_deref() == Some(identity.namespace.as_str())
-            && key.is_some_and(|key| key != used)
+        key.is_some_and(|key| key != used)
             && held.owner_references().iter().any(|owner| owner.uid == identity.uid)
             && may_go(held)
     };
-    if K::cache(writer.caches).find(unused).is_none() {
+    let held = || writer.caches.shared_by::<K>(&identity.namespace, &identity.uid);
+    if !held().iter().any(unused) {
         return Ok(());
     }
     let _turn = writer.sharing.turn().await;
-    for held in K::cache(writer.caches).state_filter(unused) {
+    for held in held().into_iter().filter(unused) {
         let others: Vec<OwnerReference> = held
             .owner_references()
             .iter()
@@ -340,8 +343,10 @@ impl Wanted<'_> {
 
 /// True where the claim of a download is gone, or is not known to be whole: facts are stored once it is.
 pub fn is_lost(caches: &Caches, namespace: &str, key: &str) -> bool {
-    let seen = caches.observe_model(namespace, key);
-    seen.claim.is_none() || seen.facts.is_none() || seen.job.is_some()
+    let model = names::model(key);
+    !caches.holds::<PersistentVolumeClaim>(namespace, &model)
+        || !caches.holds::<ConfigMap>(namespace, &model)
+        || caches.holds::<Job>(namespace, &names::inspect_job(key))
 }
 
 /// When to look again at a model that is not known, where no watch will tell.

@@ -21,7 +21,7 @@ pub fn keep_small() {
     }
 }
 
-/// Gives free memory back whenever work has come to an end, for ever.
+/// Gives free memory back whenever work has come to an end, for ever; what was remembered for the work is free then.
 pub async fn give_back(context: Arc<Context>) {
     let mut before = 0;
     let mut is_given_back = true;
@@ -31,6 +31,7 @@ pub async fn give_back(context: Arc<Context>) {
         if now != before {
             is_given_back = false;
         } else if !std::mem::replace(&mut is_given_back, true) {
+            context.teller.forget();
             trim();
         }
         before = now;

@@ -5,15 +5,12 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use plimsoll_contract::metrics::operator as names;
 use plimsoll_crds::LLMDeployment;
 use prometheus::{
     Encoder, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts, Registry, TextEncoder,
 };
-
-use crate::desired::names as labels;
 
 const TO_MEMORY: &str = "writing to memory does not fail";
 /// Bucket bounds of one reconcile, in seconds: a silent one takes well under a millisecond, a writing one some tens.
@@ -105,7 +102,7 @@ impl Metrics {
         write_conditions(seen.objects, &mut text);
         write_plan_parts(seen.objects, &mut text);
         write_plans(seen.objects, &mut text);
-        write_restarts(seen.pods, &mut text);
+        write_restarts(seen.restarts, &mut text);
         text
     }
 }
@@ -114,7 +111,8 @@ impl Metrics {
 pub struct Scraped<'a> {
     pub leading: bool,
     pub objects: &'a [Arc<LLMDeployment>],
-    pub pods: &'a [Arc<Pod>],
+    /// Of engine pods, by namespace, object and pod: containers that ended and were started anew.
+    pub restarts: &'a [([String; 3], i64)],
 }
 
 fn write_conditions(objects: &[Arc<LLMDeployment>], text: &mut String) {
@@ -194,17 +192,12 @@ fn write_plans(objects: &[Arc<LLMDeployment>], text: &mut String) {
 }
 
 /// Of engine pods only; those of Jobs start once.
-fn write_restarts(pods: &[Arc<Pod>], text: &mut String) {
+fn write_restarts(restarts: &[([String; 3], i64)], text: &mut String) {
     let help = "Containers of engine pods that ended and were started anew";
     family(text, names::ENGINE_RESTARTS, "counter", help);
-    for pod in pods {
-        let Some(name) = pod.labels().get(labels::NAME) else { continue };
-        let (namespace, pod_name) = (pod.namespace().unwrap_or_default(), pod.name_any());
-        let statuses =
-            pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
-        let restarts: i64 = statuses.map(|held| i64::from(held.restart_count)).sum();
-        let labels = [("namespace", namespace.as_str()), ("name", name), ("pod", &pod_name)];
-        line(text, names::ENGINE_RESTARTS, &labels, restarts);
+    for ([namespace, name, pod], restarts) in restarts {
+        let labels = [("namespace", namespace.as_str()), ("name", name), ("pod", pod)];
+        line(text, names::ENGINE_RESTARTS, &labels, *restarts);
     }
 }
 

@@ -2,14 +2,14 @@
 //! objects to reconcile, and [`Seen`]: everything one reconcile may know of the cluster. Never here: a write, a
 //! decision, a read beside the watches.
 
-use std::collections::HashMap;
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{BoxStream, SelectAll, StreamExt, TryStreamExt};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
+use k8s_openapi::api::apps::v1::{
+    ControllerRevision, Deployment, DeploymentCondition, DeploymentStatus,
+};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{
     ConfigMap, Container, Node, PersistentVolumeClaim, Pod, PodSpec, Service, ServiceAccount,
@@ -21,21 +21,22 @@ use kube::runtime::watcher::{self, watcher};
 use kube::runtime::{WatchStreamExt, reflector};
 use kube::{Api, Client, Resource, ResourceExt};
 use plimsoll_crds::LLMDeployment;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::desired::monitoring::{self, PodMonitor, PrometheusRule};
 use crate::desired::names;
-use crate::revision;
 
+mod cache;
 mod index;
 mod nodes_version;
 mod optional;
+mod packed;
 mod shares;
 mod touched;
 
-use index::Index;
+use cache::{Cache, Filling, indexed_by_label};
+pub use cache::{Cached, PodBrief};
 use nodes_version::NodesVersion;
 pub use optional::Optional;
 use shares::Shares;
@@ -45,77 +46,31 @@ use touched::Touched;
 const CATCH_UP_MAX: Duration = Duration::from_secs(2);
 const CATCH_UP_STEP: Duration = Duration::from_millis(5);
 
+/// That nodes are alive is heard this often.
+const ALIVE_EVERY: Duration = Duration::from_secs(10);
+/// Objects of one page of a list, which comes in whole before it is packed.
+const PAGE_OBJECTS: u32 = 100;
+
 /// One cache per kind, filled by one watch each.
 pub struct Caches {
     pub objects: Store<LLMDeployment>,
     /// True once every cache but `objects` has seen its first list.
     filled: watch::Receiver<bool>,
-    deployments: Store<Deployment>,
-    services: Store<Service>,
-    service_accounts: Store<ServiceAccount>,
-    budgets: Store<PodDisruptionBudget>,
-    policies: Store<NetworkPolicy>,
-    revisions: Store<ControllerRevision>,
-    revisions_of: Index,
-    jobs: Store<Job>,
-    claims: Store<PersistentVolumeClaim>,
-    facts: Store<ConfigMap>,
-    pods: Store<Pod>,
-    pods_of: Index,
+    deployments: Cache<Deployment>,
+    services: Cache<Service>,
+    service_accounts: Cache<ServiceAccount>,
+    budgets: Cache<PodDisruptionBudget>,
+    policies: Cache<NetworkPolicy>,
+    revisions: Cache<ControllerRevision>,
+    jobs: Cache<Job>,
+    claims: Cache<PersistentVolumeClaim>,
+    facts: Cache<ConfigMap>,
+    pods: Cache<Pod>,
     nodes: Store<Node>,
     nodes_version: NodesVersion,
     /// Kinds of the Prometheus operator, which may be there, come or go.
     pub pod_monitors: Optional<PodMonitor>,
     pub prometheus_rules: Optional<PrometheusRule>,
-}
-
-/// A namespaced kind that has a cache here.
-pub trait Cached:
-    Resource<DynamicType = (), Scope = NamespaceResourceScope>
-    + Clone
-    + DeserializeOwned
-    + Serialize
-    + Debug
-    + Send
-    + Sync
-    + 'static
-{
-    fn cache(caches: &Caches) -> &Store<Self>;
-}
-
-macro_rules! cached {
-    ($($kind:ty => $field:ident),* $(,)?) => {
-        $(impl Cached for $kind {
-            fn cache(caches: &Caches) -> &Store<Self> {
-                &caches.$field
-            }
-        })*
-    };
-}
-cached! {
-    LLMDeployment => objects,
-    Deployment => deployments,
-    Service => services,
-    ServiceAccount => service_accounts,
-    PodDisruptionBudget => budgets,
-    NetworkPolicy => policies,
-    ControllerRevision => revisions,
-    Job => jobs,
-    PersistentVolumeClaim => claims,
-    ConfigMap => facts,
-    Pod => pods,
-}
-
-impl Cached for PodMonitor {
-    fn cache(caches: &Caches) -> &Store<Self> {
-        &caches.pod_monitors.store
-    }
-}
-
-impl Cached for PrometheusRule {
-    fn cache(caches: &Caches) -> &Store<Self> {
-        &caches.prometheus_rules.store
-    }
 }
 
 /// Objects to look at, as the watches bring them.
@@ -124,18 +79,17 @@ pub type Triggers = SelectAll<BoxStream<'static, Result<ObjectRef<LLMDeployment>
 /// Opens one watch per kind, in `namespace` or everywhere. The caches fill while the triggers are polled.
 pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers) {
     let (objects, objects_writer) = store();
-    let (deployments, deployments_writer) = store();
-    let (services, services_writer) = store();
-    let (service_accounts, service_accounts_writer) = store();
-    let (budgets, budgets_writer) = store();
-    let (policies, policies_writer) = store();
-    let (revisions, revisions_writer) = store();
-    let (jobs, jobs_writer) = store();
-    let (claims, claims_writer) = store();
-    let (facts, facts_writer) = store();
-    let (pods, pods_writer) = store();
     let (nodes, nodes_writer) = store();
-    let (revisions_of, pods_of) = (Index::default(), Index::default());
+    let (deployments, deployments_filling) = Cache::empty();
+    let (services, services_filling) = Cache::empty();
+    let (service_accounts, service_accounts_filling) = Cache::empty();
+    let (budgets, budgets_filling) = Cache::empty();
+    let (policies, policies_filling) = Cache::empty();
+    let (revisions, revisions_filling) = Cache::empty();
+    let (jobs, jobs_filling) = Cache::empty();
+    let (claims, claims_filling) = Cache::empty();
+    let (facts, facts_filling) = Cache::empty();
+    let (pods, pods_filling) = Cache::empty();
     let scope = Scope { client, namespace };
     let everyone = {
         let objects = objects.clone();
@@ -155,12 +109,10 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         budgets,
         policies,
         revisions,
-        revisions_of: revisions_of.clone(),
         jobs,
         claims,
         facts,
         pods,
-        pods_of: pods_of.clone(),
         nodes,
         nodes_version: NodesVersion::default(),
         pod_monitors,
@@ -174,29 +126,20 @@ pub fn start(client: &Client, namespace: Option<&str>) -> (Arc<Caches>, Triggers
         }
         fill.closed().await;
     });
-    let mut triggers = SelectAll::new();
-    let own = |object: &LLMDeployment| vec![ObjectRef::from_obj(object)];
-    let everything = watcher::Config::default();
-    triggers.push(follow(scope.api(), everything.clone(), objects_writer, None, trim_meta, own));
-    triggers.push(scope.children(deployments_writer, trim_meta));
-    triggers.push(scope.children(services_writer, trim_meta));
-    triggers.push(scope.children(service_accounts_writer, trim_meta));
-    triggers.push(scope.children(budgets_writer, trim_meta));
-    triggers.push(scope.shared(policies_writer));
-    triggers.push(follow(
-        scope.api(),
-        ours(),
-        revisions_writer,
-        Some(revisions_of),
-        trim_revision,
-        |revision: &ControllerRevision| owners(revision),
-    ));
-    triggers.push(scope.shared(jobs_writer));
-    triggers.push(scope.shared(claims_writer));
-    triggers.push(scope.shared(facts_writer));
     let jobs = caches.jobs.clone();
     let by_label = move |pod: &Pod| objects_of_pod(pod, &jobs);
-    triggers.push(follow(scope.api(), ours(), pods_writer, Some(pods_of), trim_pod, by_label));
+    let mut triggers = SelectAll::new();
+    triggers.push(follow_objects(scope.api(), objects_writer));
+    triggers.push(scope.children(deployments_filling, trim_deployment));
+    triggers.push(scope.children(services_filling, trim_meta));
+    triggers.push(scope.children(service_accounts_filling, trim_meta));
+    triggers.push(scope.children(budgets_filling, trim_meta));
+    triggers.push(scope.children(revisions_filling, trim_meta));
+    triggers.push(scope.shared(policies_filling));
+    triggers.push(scope.shared(jobs_filling));
+    triggers.push(scope.shared(claims_filling));
+    triggers.push(scope.shared(facts_filling));
+    triggers.push(follow(scope.api(), pods_filling, trim_pod, by_label));
     triggers.push(follow_nodes(Api::all(client.clone()), nodes_writer, caches.clone()));
     triggers.push(monitored);
     triggers.push(ruled);
@@ -223,54 +166,62 @@ impl Scope<'_> {
 
     fn children<K: Cached>(
         &self,
-        writer: reflector::store::Writer<K>,
+        filling: Filling<K>,
         trim: fn(&mut K),
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
-        follow(self.api(), ours(), writer, None, trim, |child: &K| owners(child))
+        follow(self.api(), filling, trim, |child: &K| owners(child))
     }
 
     /// What the objects of one model source have in common.
     fn shared<K: Cached>(
         &self,
-        writer: reflector::store::Writer<K>,
+        filling: Filling<K>,
     ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
-        let mut shares = Shares::of(writer.as_reader());
-        let concerned = move |shared: &K| shares.concerned(shared);
-        follow(self.api(), ours(), writer, None, trim_meta, concerned)
+        let mut shares = Shares::of(filling.cache.store.clone());
+        follow(self.api(), filling, trim_meta, move |shared: &K| shares.concerned(shared))
     }
 }
 
-fn ours() -> watcher::Config {
-    watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER))
+fn all() -> watcher::Config {
+    watcher::Config::default().page_size(PAGE_OBJECTS)
 }
 
-fn follow<K>(
+fn ours() -> watcher::Config {
+    all().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER))
+}
+
+fn follow<K: Cached>(
     api: Api<K>,
-    config: watcher::Config,
-    writer: reflector::store::Writer<K>,
-    index: Option<Index>,
+    mut filling: Filling<K>,
     trim: fn(&mut K),
     mut concerned: impl FnMut(&K) -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
-) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>>
-where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-{
-    let mut touched = Touched::of(writer.as_reader());
-    watcher(api, config)
+) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+    let mut touched = Touched::of(filling.cache.store.clone());
+    watcher(api, ours())
         .default_backoff()
         .modify(trim)
-        .inspect_ok(move |event| {
-            if let Some(index) = &index {
-                index.note(event);
+        .map_ok(move |mut event| {
+            let mut objects = Vec::new();
+            if filling.take(&mut event) {
+                touched.by(&event, |object| objects.extend(concerned(object)));
             }
-        })
-        .reflect(writer)
-        .map_ok(move |event| {
-            let objects = touched.by(event).into_iter();
-            let concerned: Vec<_> = objects.flat_map(|object| concerned(&object)).collect();
-            futures::stream::iter(concerned).map(Ok)
+            futures::stream::iter(objects).map(Ok)
         })
         .try_flatten()
+        .boxed()
+}
+
+/// The controller tells of objects that are gone by itself, and reads the others as they are.
+fn follow_objects(
+    api: Api<LLMDeployment>,
+    writer: reflector::store::Writer<LLMDeployment>,
+) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+    watcher(api, all())
+        .default_backoff()
+        .modify(trim_meta)
+        .reflect(writer)
+        .touched_objects()
+        .map_ok(|object| ObjectRef::from_obj(&object))
         .boxed()
 }
 
@@ -289,13 +240,13 @@ fn owners<K: Resource>(child: &K) -> Vec<ObjectRef<LLMDeployment>> {
 }
 
 /// An engine pod names its object; a pod of an inspect Job is followed to the Job's owners.
-fn objects_of_pod(pod: &Pod, jobs: &Store<Job>) -> Vec<ObjectRef<LLMDeployment>> {
+fn objects_of_pod(pod: &Pod, jobs: &Cache<Job>) -> Vec<ObjectRef<LLMDeployment>> {
     let namespace = pod.namespace().unwrap_or_default();
     if let Some(name) = pod.labels().get(names::NAME) {
         return vec![ObjectRef::new(name).within(&namespace)];
     }
     let Some(key) = pod.labels().get(names::MODEL) else { return Vec::new() };
-    let job = jobs.get(&ObjectRef::new(&names::inspect_job(key)).within(&namespace));
+    let job = jobs.get(&namespace, &names::inspect_job(key));
     job.map(|job| owners(job.as_ref())).unwrap_or_default()
 }
 
@@ -306,11 +257,15 @@ fn follow_nodes(
     writer: reflector::store::Writer<Node>,
     caches: Arc<Caches>,
 ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
-    watcher(api, watcher::Config::default())
+    let mut looked = None;
+    watcher(api, all())
         .default_backoff()
         .modify(trim_node)
         .reflect(writer)
-        .map_ok(move |event| futures::stream::iter(objects_of_nodes(&event, &caches)).map(Ok))
+        .map_ok(move |event| {
+            let objects = objects_of_nodes(&event, &caches, &mut looked);
+            futures::stream::iter(objects).map(Ok)
+        })
         .try_flatten()
         .boxed()
 }
@@ -318,6 +273,7 @@ fn follow_nodes(
 fn objects_of_nodes(
     event: &watcher::Event<Node>,
     caches: &Caches,
+    looked: &mut Option<Instant>,
 ) -> Vec<ObjectRef<LLMDeployment>> {
     let Caches { nodes, nodes_version, objects, .. } = caches;
     let changed = match event {
@@ -330,10 +286,15 @@ fn objects_of_nodes(
             nodes_version.retain(|name| nodes.get(&ObjectRef::new(name)).is_some())
         }
     };
-    if !changed || !caches.is_ready() {
-        return objects_without_a_plan(objects);
+    if changed && caches.is_ready() {
+        return everyone(objects);
     }
-    everyone(objects)
+    // A thousand nodes are alive every few seconds.
+    if !changed && looked.is_some_and(|looked: Instant| looked.elapsed() < ALIVE_EVERY) {
+        return Vec::new();
+    }
+    *looked = Some(Instant::now());
+    objects_without_a_plan(objects)
 }
 
 fn objects_without_a_plan(objects: &Store<LLMDeployment>) -> Vec<ObjectRef<LLMDeployment>> {
@@ -349,9 +310,28 @@ fn trim_meta<K: Resource>(object: &mut K) {
     object.meta_mut().managed_fields = None;
 }
 
-fn trim_revision(stored: &mut ControllerRevision) {
-    trim_meta(stored);
-    revision::pack(stored);
+/// Of what its controller says only what keeps pods from coming: pods are counted by themselves.
+fn trim_deployment(deployment: &mut Deployment) {
+    trim_meta(deployment);
+    if let Some(annotations) = &mut deployment.metadata.annotations {
+        annotations.retain(|name, _| !name.starts_with("deployment.kubernetes.io/"));
+    }
+    let Some(status) = deployment.status.take() else { return };
+    let conditions = status.conditions.into_iter().flatten();
+    let in_the_way = conditions.filter(|held| {
+        held.type_.as_deref() == Some("ReplicaFailure")
+            || held.reason.as_deref() == Some("ProgressDeadlineExceeded")
+    });
+    let plain = |condition: DeploymentCondition| DeploymentCondition {
+        last_update_time: None,
+        last_transition_time: None,
+        ..condition
+    };
+    deployment.status = Some(DeploymentStatus {
+        observed_generation: status.observed_generation,
+        conditions: Some(in_the_way.map(plain).collect()),
+        ..Default::default()
+    });
 }
 
 /// Of a pod only what tells whether it runs, where, with how much of the node, and why not.
@@ -436,9 +416,12 @@ impl Caches {
         let _ = filled.wait_for(|filled| *filled).await;
     }
 
-    /// Every pod that carries our label.
-    pub fn pods(&self) -> Vec<Arc<Pod>> {
-        self.pods.state()
+    /// Of every pod that carries our label its namespace, its name and what is known in brief.
+    pub fn each_pod(&self, mut see: impl FnMut(&str, &str, &PodBrief)) {
+        for pod in self.pods.store.state() {
+            let (namespace, name) = pod.names();
+            see(namespace, name, &pod.brief);
+        }
     }
 
     pub fn is_ready(&self) -> bool {
@@ -448,50 +431,36 @@ impl Caches {
     /// A store wakes one waiter only, so exactly one task may wait here, and none for `objects`, whose waiter is the
     /// controller.
     async fn wait_for_first_lists(&self) -> Result<(), reflector::store::WriterDropped> {
-        self.deployments.wait_until_ready().await?;
-        self.services.wait_until_ready().await?;
-        self.service_accounts.wait_until_ready().await?;
-        self.budgets.wait_until_ready().await?;
-        self.policies.wait_until_ready().await?;
-        self.revisions.wait_until_ready().await?;
-        self.jobs.wait_until_ready().await?;
-        self.claims.wait_until_ready().await?;
-        self.facts.wait_until_ready().await?;
-        self.pods.wait_until_ready().await?;
+        self.deployments.store.wait_until_ready().await?;
+        self.services.store.wait_until_ready().await?;
+        self.service_accounts.store.wait_until_ready().await?;
+        self.budgets.store.wait_until_ready().await?;
+        self.policies.store.wait_until_ready().await?;
+        self.revisions.store.wait_until_ready().await?;
+        self.jobs.store.wait_until_ready().await?;
+        self.claims.store.wait_until_ready().await?;
+        self.facts.store.wait_until_ready().await?;
+        self.pods.store.wait_until_ready().await?;
         self.nodes.wait_until_ready().await
     }
 
     pub fn get<K: Cached>(&self, namespace: &str, name: &str) -> Option<Arc<K>> {
-        K::cache(self).get(&ObjectRef::new(name).within(namespace))
+        K::cache(self).get(namespace, name)
+    }
+
+    pub fn holds<K: Cached>(&self, namespace: &str, name: &str) -> bool {
+        K::cache(self).packed(namespace, name).is_some()
     }
 
     /// Pods of an object, or of a model's Job, which carry `label: value`.
     pub fn pods_with(&self, namespace: &str, label: &str, value: &str) -> Vec<Arc<Pod>> {
-        self.labelled(&self.pods_of, namespace, label, value)
+        let found = self.pods.indexed(namespace, value).into_iter();
+        found.filter(|held| indexed_by_label(held.as_ref(), label) == Some(value)).collect()
     }
 
-    /// All that `index` knows in `namespace` and that carry `label: value`. By name: of two like objects every pass must
-    /// tell of the same.
-    fn labelled<K: Cached>(
-        &self,
-        index: &Index,
-        namespace: &str,
-        label: &str,
-        value: &str,
-    ) -> Vec<Arc<K>> {
-        let names = index.names(namespace, value).into_iter();
-        let found = names.filter_map(|name| self.get::<K>(namespace, &name));
-        found.filter(|held| held.labels().get(label).is_some_and(|held| held == value)).collect()
-    }
-
-    /// Engine pods by namespace and name of their object.
-    pub fn engine_pods(&self) -> HashMap<(String, String), Vec<Arc<Pod>>> {
-        let mut by_object: HashMap<_, Vec<Arc<Pod>>> = HashMap::new();
-        for pod in self.pods.state() {
-            let Some(name) = pod.labels().get(names::NAME).cloned() else { continue };
-            by_object.entry((pod.namespace().unwrap_or_default(), name)).or_default().push(pod);
-        }
-        by_object
+    /// What the object of this uid shares with others.
+    pub fn shared_by<K: Cached>(&self, namespace: &str, uid: &str) -> Vec<Arc<K>> {
+        K::cache(self).indexed(namespace, uid)
     }
 
     /// Another number whenever the nodes changed in a way that may matter to a plan.
@@ -500,8 +469,7 @@ impl Caches {
     }
 
     pub fn observe(&self, namespace: &str, name: &str) -> Seen {
-        let mut revisions: Vec<Arc<ControllerRevision>> =
-            self.labelled(&self.revisions_of, namespace, names::NAME, name);
+        let mut revisions = self.revisions.indexed(namespace, name);
         revisions.sort_by_key(|revision| std::cmp::Reverse(revision.revision));
         Seen {
             deployment: self.get(namespace, name),
@@ -522,42 +490,52 @@ impl Caches {
     }
 
     /// Waits until the cache shows a write that was answered with `version`, so that the next reconcile does not act
-    /// on the past. Bounded: a watch that is down must not hold us.
+    /// on the past.
     pub async fn catch_up<K: Cached>(&self, namespace: &str, name: &str, version: &str) {
-        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
-        while tokio::time::Instant::now() < deadline {
-            let shown = self.get::<K>(namespace, name).and_then(|held| held.resource_version());
-            if shown.is_some_and(|shown| at_least(&shown, version)) {
-                return;
-            }
-            tokio::time::sleep(CATCH_UP_STEP).await;
-        }
-        tracing::debug!(kind = %K::kind(&()), namespace, name, "the watch lags behind our write");
+        let cache = K::cache(self);
+        let shows =
+            || cache.packed(namespace, name).is_some_and(|held| at_least(held.version(), version));
+        catch_up(shows, &K::kind(&()), name).await;
+    }
+
+    /// The same for an object of our own kind.
+    pub async fn catch_up_object(&self, namespace: &str, name: &str, version: &str) {
+        let object = ObjectRef::new(name).within(namespace);
+        let shows = || {
+            let held = self.objects.get(&object).and_then(|held| held.resource_version());
+            held.is_some_and(|held| at_least(&held, version))
+        };
+        catch_up(shows, names::KIND, name).await;
     }
 
     /// The same for a write of somebody else, after which ours was refused.
     pub async fn catch_up_changed<K: Cached>(&self, held: &K) {
-        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
         let (namespace, name) = (held.namespace().unwrap_or_default(), held.name_any());
-        let stands = |now: Arc<K>| now.resource_version() == held.resource_version();
-        while self.get::<K>(&namespace, &name).is_some_and(stands)
-            && tokio::time::Instant::now() < deadline
-        {
-            tokio::time::sleep(CATCH_UP_STEP).await;
-        }
+        let before = held.resource_version().unwrap_or_default();
+        let cache = K::cache(self);
+        let changed = || cache.packed(&namespace, &name).is_none_or(|now| now.version() != before);
+        catch_up(changed, &K::kind(&()), &name).await;
     }
 
     /// The same for a deletion.
     pub async fn catch_up_gone<K: Cached>(&self, namespace: &str, name: &str, uid: Option<&str>) {
-        let deadline = tokio::time::Instant::now() + CATCH_UP_MAX;
-        let stands = |held: Arc<K>| {
-            held.meta().uid.as_deref() == uid && held.meta().deletion_timestamp.is_none()
+        let leaves = |held: Arc<K>| {
+            held.meta().uid.as_deref() != uid || held.meta().deletion_timestamp.is_some()
         };
-        while self.get::<K>(namespace, name).is_some_and(stands)
-            && tokio::time::Instant::now() < deadline
-        {
-            tokio::time::sleep(CATCH_UP_STEP).await;
+        let gone = || self.get::<K>(namespace, name).is_none_or(leaves);
+        catch_up(gone, &K::kind(&()), name).await;
+    }
+}
+
+/// Waits until the cache shows what we know. Bounded: a watch that is down must not hold us.
+async fn catch_up(shows: impl Fn() -> bool, kind: &str, name: &str) {
+    let deadline = Instant::now() + CATCH_UP_MAX;
+    while !shows() {
+        if Instant::now() >= deadline {
+            tracing::debug!(kind, name, "the watch lags behind what we know");
+            return;
         }
+        tokio::time::sleep(CATCH_UP_STEP).await;
     }
 }
 

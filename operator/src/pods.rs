@@ -96,6 +96,20 @@ fn stays(pod: &Pod) -> bool {
     pod.metadata.deletion_timestamp.is_none() && !matches!(phase, Some("Succeeded" | "Failed"))
 }
 
+/// Neither at work nor in trouble yet: nobody refused it a node, and none of its containers has anything to say.
+pub fn is_coming(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    let containers =
+        pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+    let has_begun = |held: &ContainerStatus| {
+        held.restart_count > 0 || held.state.as_ref().is_some_and(|state| state.waiting.is_none())
+    };
+    stays(pod)
+        && matches!(phase, None | Some("Pending"))
+        && unschedulable(pod).is_none()
+        && !containers.into_iter().any(has_begun)
+}
+
 pub fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     conditions.into_iter().any(|held| held.type_ == "Ready" && held.status == "True")

@@ -10,19 +10,19 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use k8s_openapi::jiff::{Timestamp, Unit};
 use kube::Client;
 use kube::runtime::controller::Action;
-use kube::runtime::events::Recorder;
 use plimsoll_contract::facts::ModelFacts;
 use plimsoll_crds::{
     ConditionType, LLMDeployment, LLMDeploymentStatus, OperatorUpgrade, REPLICAS_MAX, Reason,
     ScalingStatus,
 };
 
-use crate::apply::{Applied, ApplyError, Owner, Sharing, Writer};
+use crate::apply::{Applied, ApplyError, Owner, Sharing, Taken, Writer};
 use crate::decide::{self, Case};
 use crate::desired::{self, Children, Identity, Settings, Surroundings, names, protection, reach};
-use crate::events::Repair;
+use crate::events::{Repair, Teller};
 use crate::measure::Measurements;
 use crate::metrics::Metrics;
+use crate::neighbours::Readings;
 use crate::observe::{Caches, Seen};
 use crate::plan::Prices;
 use crate::revision::{self, Revision};
@@ -52,14 +52,17 @@ pub struct Context {
     /// What the scaling loop decided.
     pub advices: Arc<Advices>,
     pub metrics: Arc<Metrics>,
-    pub recorder: Recorder,
+    pub teller: Teller,
     pub settings: Settings,
     /// What an hour of a GPU costs, for plans by cost.
     pub prices: Prices,
     pub sharing: Sharing,
+    pub taken: Taken,
     /// Tells the time, as far as status and patience need it.
     pub clock: Arc<dyn Fn() -> Timestamp + Send + Sync>,
     pub considered: Considered,
+    /// What others ask of nodes and quotas, while it is fresh.
+    pub readings: Readings,
     pub measurements: Arc<Measurements>,
 }
 
@@ -96,6 +99,9 @@ pub struct Pass {
     pub current: Option<Revision>,
     /// Its children were seen to stand.
     pub stood: bool,
+    /// They are the first of their object, and were made just now: what is to be told of them is for the next look, behind the
+    /// children of others that wait.
+    pub began: bool,
     /// What was put right after another hand.
     pub repaired: Vec<Repair>,
     /// A plan that waits for a person.
@@ -161,6 +167,9 @@ async fn pass(object: &LLMDeployment, context: &Context) -> Result<Action, Apply
         }
         return Err(error);
     }
+    if pass.began {
+        return Ok(Action::requeue(Duration::ZERO));
+    }
     tell(object, &identity, context, &pass).await?;
     let pods = context.caches.pods_with(&identity.namespace, names::NAME, &identity.name);
     let again = pass.again.into_iter().chain(pods::look_again(&pods, context.now().0)).min();
@@ -193,7 +202,7 @@ async fn heed(
     }
     let status = LLMDeploymentStatus { scaling: advice, ..before.clone() };
     context.writer().write_status(identity, &status).await?;
-    events::publish(&context.recorder, object, &events::transitions(Some(before), &status)).await;
+    context.teller.publish(object, &events::transitions(Some(before), &status)).await;
     Ok(Some(LLMDeployment { status: Some(status), ..object.clone() }))
 }
 
@@ -285,6 +294,11 @@ async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Resul
     if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
         pass.repaired = stand(object, &rollout, around, identity, context).await?;
         pass.stood = true;
+        let told = object.status.as_ref().and_then(|status| status.observed_generation);
+        pass.began = deployment.is_none() && told.is_none();
+    }
+    if pass.began {
+        return Ok(());
     }
     release(spec, seen, context).await;
     forget(revisions, Some(&standing.name), good, case).await?;
@@ -516,13 +530,13 @@ async fn tell(
         deployment: seen.deployment.as_deref(),
     };
     let status = status::compute(&found, before, &context.now());
-    events::publish(&context.recorder, object, &events::repairs(&pass.repaired)).await;
+    context.teller.publish(object, &events::repairs(&pass.repaired)).await;
     if before == Some(&status) {
         return Ok(());
     }
     context.writer().write_status(identity, &status).await?;
     let turned = events::transitions(before, &status);
-    events::publish(&context.recorder, object, &turned).await;
+    context.teller.publish(object, &turned).await;
     Ok(())
 }
 
@@ -534,8 +548,8 @@ impl Context {
     }
 
     pub fn writer(&self) -> Writer<'_> {
-        let Context { client, caches, metrics, sharing, .. } = self;
-        Writer { client, caches, metrics, sharing }
+        let Context { client, caches, metrics, sharing, taken, .. } = self;
+        Writer { client, caches, metrics, sharing, taken }
     }
 }
 

@@ -113,18 +113,8 @@ pub fn committed(seen: &[Arc<ControllerRevision>], uid: &str) -> Vec<Revision> {
     revisions
 }
 
-/// Of a stored revision its content as text, which takes a tenth of the memory of a tree.
-pub fn pack(stored: &mut ControllerRevision) {
-    if !stored.data.0.is_string() {
-        stored.data.0 = Value::String(stored.data.0.to_string());
-    }
-}
-
 fn read(stored: &ControllerRevision) -> Option<Revision> {
-    let content = match &stored.data.0 {
-        Value::String(text) => serde_json::from_str(text).ok()?,
-        data => Content::deserialize(data).ok()?,
-    };
+    let content = Content::deserialize(&stored.data.0).ok()?;
     Some(Revision {
         name: stored.name_any(),
         hash: stored.labels().get(names::REVISION)?.clone(),

@@ -19,7 +19,7 @@ use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::ObjectMeta;
 use kube::runtime::controller::{self, Action};
-use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::events::Reporter;
 use kube::runtime::reflector::ObjectRef;
 use kube::runtime::utils::CancelableJoinHandle;
 use kube::{Api, Client, Config, Resource, ResourceExt};
@@ -29,15 +29,18 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tracing_subscriber::EnvFilter;
 
-use crate::apply::{ApplyError, Sharing};
+use crate::apply::{ApplyError, Sharing, Taken};
 use crate::cli::{CHART, CHART_VALUES};
-use crate::desired::Settings;
+use crate::desired::{Settings, names};
+use crate::events::Teller;
 use crate::leader::{self, Leader};
 use crate::measure;
 use crate::memory;
 use crate::metrics::{Metrics, Scraped};
+use crate::neighbours::Readings;
 use crate::observe::{self, Caches, Triggers};
 use crate::plan::Prices;
+use crate::pods;
 use crate::reconcile::{Considered, Context, reconcile};
 use crate::scale::Advices;
 use crate::scale::decide::Tempo;
@@ -48,11 +51,17 @@ use crate::scale::watch::{self as scaling, Scaler};
 const WORKER_THREADS: usize = 2;
 /// Objects looked at side by side that have nothing yet.
 const FIRST_LOOKS_MAX: usize = 16;
+/// Objects that stand wait for so long before the first word is said of them, where others wait for their children: pods
+/// begin earlier so.
+const CHILDREN_FIRST_MAX: Duration = Duration::from_secs(20);
+const CHILDREN_FIRST_STEP: Duration = Duration::from_millis(500);
 /// Objects looked at side by side that stand; so whoever declares a thousand lets nobody wait for a status.
 const NEXT_LOOKS_MAX: usize = 8;
 /// News of an object that stands, and whose spec is not new, are heard out for so long before it is looked at: children come
-/// as five words, and a pod that has a node is often ready at once.
+/// as five words.
 const HEAR_OUT: Duration = Duration::from_millis(150);
+/// A pod that has just come is often ready at once; it is heard out for no longer than this.
+const HEAR_POD_OUT_MAX: Duration = Duration::from_millis(600);
 /// A reconcile that failed is tried again after this, doubled with every failure up to the bound.
 const BACKOFF_MIN: Duration = Duration::from_millis(500);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
@@ -214,15 +223,17 @@ async fn operate(options: RunArgs) -> anyhow::Result<()> {
         quotas: HashMap::new(),
     };
     let context = Arc::new(Context {
-        recorder: Recorder::new(client.clone(), reporter),
+        teller: Teller::new(client.clone(), reporter),
         client,
         namespace: options.namespace,
         caches,
         advices,
         metrics: served.metrics.clone(),
         sharing: Sharing::default(),
+        taken: Taken::default(),
         clock: Arc::new(Timestamp::now),
         considered: Considered::default(),
+        readings: Readings::default(),
         measurements: Arc::default(),
         prices,
         settings: Settings {
@@ -342,10 +353,29 @@ impl Default for Lanes {
 impl Lanes {
     async fn turn(&self, object: &LLMDeployment, caches: &Caches) -> SemaphorePermit<'_> {
         let namespace = object.namespace().unwrap_or_default();
-        let stands = caches.get::<Deployment>(&namespace, &object.name_any()).is_some();
+        let stands = caches.holds::<Deployment>(&namespace, &object.name_any());
         let seen = object.status.as_ref().and_then(|status| status.observed_generation);
         if stands && seen == object.metadata.generation {
+            let begun = tokio::time::Instant::now();
             tokio::time::sleep(HEAR_OUT).await;
+            let coming = || {
+                let pods = caches.pods_with(&namespace, names::NAME, &object.name_any());
+                pods.iter().any(|pod| pods::is_coming(pod))
+            };
+            while begun.elapsed() < HEAR_POD_OUT_MAX && coming() {
+                tokio::time::sleep(HEAR_OUT).await;
+            }
+        }
+        if stands && seen.is_none() {
+            let begun = tokio::time::Instant::now();
+            let has_pods =
+                || !caches.pods_with(&namespace, names::NAME, &object.name_any()).is_empty();
+            while begun.elapsed() < CHILDREN_FIRST_MAX
+                && self.first.available_permits() == 0
+                && !has_pods()
+            {
+                tokio::time::sleep(CHILDREN_FIRST_STEP).await;
+            }
         }
         let lane = if stands { &self.next } else { &self.first };
         lane.acquire().await.expect("lanes are never closed")
@@ -454,9 +484,16 @@ async fn readyz(State(served): State<Arc<Served>>) -> (StatusCode, &'static str)
 async fn metrics(State(served): State<Arc<Served>>) -> String {
     let caches = served.caches.get();
     let objects = caches.map(|caches| caches.objects.state()).unwrap_or_default();
-    let pods = caches.map(|caches| caches.pods()).unwrap_or_default();
+    let mut restarts = Vec::new();
+    if let Some(caches) = caches {
+        caches.each_pod(|namespace, name, brief| {
+            let Some(object) = &brief.object else { return };
+            let names = [namespace, object, name].map(str::to_owned);
+            restarts.push((names, brief.restarts));
+        });
+    }
     let leading = caches.is_some();
-    served.metrics.text(&Scraped { leading, objects: &objects, pods: &pods })
+    served.metrics.text(&Scraped { leading, objects: &objects, restarts: &restarts })
 }
 
 #[cfg(test)]

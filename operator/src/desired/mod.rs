@@ -17,7 +17,7 @@ pub mod service;
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Pod, Service, ServiceAccount};
+use k8s_openapi::api::core::v1::{Service, ServiceAccount};
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use kube::ResourceExt;
@@ -45,12 +45,6 @@ impl Identity {
             name: object.name_any(),
             uid: object.uid().unwrap_or_default(),
         }
-    }
-
-    /// Whether a pod is one of this object's engines, of whatever revision.
-    pub fn has_engine(&self, pod: &Pod) -> bool {
-        pod.namespace().as_deref() == Some(self.namespace.as_str())
-            && pod.labels().get(names::NAME) == Some(&self.name)
     }
 
     /// Metadata of a child that this object controls.

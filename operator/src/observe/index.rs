@@ -1,6 +1,6 @@
-//! In: what a watch brings, before its cache takes it in. Out: the names of those objects that carry one of our labels with a
-//! value, so that nobody walks through the pods of a thousand others to find the two of one. A name may be here whose object
-//! is not in the cache yet, or not any more: the cache decides. Pure.
+//! In: what a watch brings, before its cache takes it in. Out: the names of those objects in which one of the values stands by
+//! which their kind is asked for, so that nobody walks through the pods of a thousand others to find the two of one. A name
+//! may be here whose object is not in the cache yet, or not any more, or without the value by now: the cache decides. Pure.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use kube::ResourceExt;
 use kube::runtime::watcher::Event;
 
-use crate::desired::names;
+use super::Cached;
 
 /// Shared by the watch that fills it and those who ask.
 #[derive(Clone, Default)]
@@ -21,11 +21,11 @@ struct Names {
     coming: HashMap<Key, BTreeSet<String>>,
 }
 
-/// Namespace and value of a label; names and digests of models do not meet.
+/// Namespace and value; names, digests of models and uids do not meet.
 type Key = (String, String);
 
 impl Index {
-    pub fn note<K: ResourceExt>(&self, event: &Event<K>) {
+    pub fn note<K: Cached>(&self, event: &Event<K>) {
         let mut names = self.0.lock().expect("no holder panics");
         match event {
             Event::Init => names.coming.clear(),
@@ -52,17 +52,16 @@ impl Index {
     }
 }
 
-fn insert<K: ResourceExt>(names: &mut HashMap<Key, BTreeSet<String>>, object: &K) {
+fn insert<K: Cached>(names: &mut HashMap<Key, BTreeSet<String>>, object: &K) {
     for key in keys(object) {
         names.entry(key).or_default().insert(object.name_any());
     }
 }
 
-fn keys<K: ResourceExt>(object: &K) -> impl Iterator<Item = Key> {
+fn keys<K: Cached>(object: &K) -> impl Iterator<Item = Key> {
     let namespace = object.namespace().unwrap_or_default();
-    let values = [names::NAME, names::MODEL].into_iter();
-    values
-        .filter_map(move |label| Some((namespace.clone(), object.labels().get(label)?.to_owned())))
+    let values = object.indexed_by().into_iter();
+    values.map(move |value| (namespace.clone(), value.to_owned()))
 }
 
 #[cfg(test)]
@@ -71,6 +70,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::desired::names;
 
     #[test]
     fn names_come_and_go_with_events_and_a_list_replaces_them_once_it_is_whole() {

@@ -3,29 +3,27 @@
 //! nothing else happens.
 
 use std::collections::VecDeque;
-use std::fmt::Debug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures::stream::{BoxStream, StreamExt, unfold};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::core::PartialObjectMeta;
-use kube::runtime::reflector::{ObjectRef, Store, store};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector::ObjectRef;
 use kube::runtime::watcher::{self, Event, watcher};
-use kube::runtime::{WatchStreamExt, reflector};
-use kube::{Api, Client, Resource};
+use kube::{Api, Client};
 use plimsoll_crds::LLMDeployment;
-use serde::de::DeserializeOwned;
 
-use super::{ours, owners, trim_meta};
+use super::{Cache, Cached, Filling, ours, owners, trim_meta};
 
 /// The cache of a kind that may not be there.
-pub struct Optional<K: Resource<DynamicType = ()> + 'static> {
-    pub store: Store<K>,
+pub struct Optional<K: Cached> {
+    pub(super) cache: Cache<K>,
     served: Arc<AtomicBool>,
 }
 
-impl<K: Resource<DynamicType = ()> + 'static> Optional<K> {
+impl<K: Cached> Optional<K> {
     /// Whether the API server knows the kind, and the cache has seen its first list.
     pub fn is_served(&self) -> bool {
         self.served.load(Ordering::Acquire)
@@ -36,18 +34,15 @@ type Definition = PartialObjectMeta<CustomResourceDefinition>;
 type Trigger = Result<ObjectRef<LLMDeployment>, watcher::Error>;
 
 /// Follows `definition`, and while it stands our objects of its kind. `everyone` is to be looked at when it comes.
-pub fn follow<K>(
+pub fn follow<K: Cached>(
     client: &Client,
     api: Api<K>,
     definition: &str,
     everyone: impl Fn() -> Vec<ObjectRef<LLMDeployment>> + Send + 'static,
-) -> (Optional<K>, BoxStream<'static, Trigger>)
-where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-{
-    let (store, writer) = store();
+) -> (Optional<K>, BoxStream<'static, Trigger>) {
+    let (cache, filling) = Cache::empty();
     let served = Arc::new(AtomicBool::new(false));
-    let optional = Optional { store, served: served.clone() };
+    let optional = Optional { cache, served: served.clone() };
     let of_this_name = watcher::Config::default().fields(&format!("metadata.name={definition}"));
     let definitions: Api<Definition> = Api::all(client.clone());
     let following = Following {
@@ -55,7 +50,7 @@ where
         definitions: watcher(definitions, of_this_name).default_backoff().boxed(),
         listed: false,
         objects: None,
-        writer,
+        filling,
         served,
         everyone,
         pending: VecDeque::new(),
@@ -63,24 +58,20 @@ where
     (optional, unfold(following, |following| following.next()).boxed())
 }
 
-struct Following<K: Resource<DynamicType = ()> + Clone + 'static, F> {
+struct Following<K: Cached, F> {
     api: Api<K>,
     definitions: BoxStream<'static, Result<Event<Definition>, watcher::Error>>,
     /// Whether the list that is coming in holds the definition.
     listed: bool,
     /// While it stands.
     objects: Option<BoxStream<'static, Result<Event<K>, watcher::Error>>>,
-    writer: reflector::store::Writer<K>,
+    filling: Filling<K>,
     served: Arc<AtomicBool>,
     everyone: F,
     pending: VecDeque<Trigger>,
 }
 
-impl<K, F> Following<K, F>
-where
-    K: Resource<DynamicType = ()> + Clone + DeserializeOwned + Debug + Send + Sync + 'static,
-    F: Fn() -> Vec<ObjectRef<LLMDeployment>>,
-{
+impl<K: Cached, F: Fn() -> Vec<ObjectRef<LLMDeployment>>> Following<K, F> {
     /// The next object to look at; None once the watch of the definition has ended.
     async fn next(mut self) -> Option<(Trigger, Self)> {
         loop {
@@ -127,23 +118,23 @@ where
     fn close(&mut self) {
         self.objects = None;
         self.served.store(false, Ordering::Release);
-        self.writer.apply_watcher_event(&Event::Init);
-        self.writer.apply_watcher_event(&Event::InitDone);
+        self.filling.take(&mut Event::Init);
+        self.filling.take(&mut Event::InitDone);
     }
 
     fn see(&mut self, event: Option<Result<Event<K>, watcher::Error>>) {
         match event {
-            Some(Ok(event)) => {
-                self.writer.apply_watcher_event(&event);
+            Some(Ok(mut event)) => {
+                let is_news = self.filling.take(&mut event);
                 match event {
-                    Event::Apply(child) | Event::Delete(child) => {
+                    Event::Apply(child) | Event::Delete(child) if is_news => {
                         self.pending.extend(owners(&child).into_iter().map(Ok));
                     }
                     Event::InitDone => {
                         self.served.store(true, Ordering::Release);
                         self.pending.extend((self.everyone)().into_iter().map(Ok));
                     }
-                    Event::Init | Event::InitApply(_) => {}
+                    _ => {}
                 }
             }
             Some(Err(error)) if is_unknown(&error) => {

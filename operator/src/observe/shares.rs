@@ -5,14 +5,16 @@
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 
+use kube::ResourceExt;
 use kube::runtime::reflector::{ObjectRef, Store};
 use plimsoll_crds::LLMDeployment;
 
+use super::packed::Packed;
 use super::{Cached, owners};
 
 pub struct Shares<K: Cached> {
-    cache: Store<K>,
-    held: HashMap<ObjectRef<K>, Held>,
+    cache: Store<Packed<K>>,
+    held: HashMap<ObjectRef<Packed<K>>, Held>,
 }
 
 /// What is remembered of a shared object.
@@ -22,13 +24,14 @@ struct Held {
 }
 
 impl<K: Cached> Shares<K> {
-    pub fn of(cache: Store<K>) -> Shares<K> {
+    pub fn of(cache: Store<Packed<K>>) -> Shares<K> {
         Shares { cache, held: HashMap::new() }
     }
 
     /// Called with the object after the cache took it in.
     pub fn concerned(&mut self, shared: &K) -> Vec<ObjectRef<LLMDeployment>> {
-        let name = ObjectRef::from_obj(shared);
+        let names = (shared.namespace().unwrap_or_default(), shared.name_any());
+        let name = ObjectRef::new(&names.1).within(&names.0);
         let now = owners(shared);
         if self.cache.get(&name).is_none() {
             self.held.remove(&name);
@@ -63,6 +66,7 @@ mod tests {
     use kube::runtime::watcher::Event;
     use serde_json::json;
 
+    use super::super::packed;
     use super::*;
 
     #[test]
@@ -79,8 +83,8 @@ mod tests {
                 "resourceVersion": version, "ownerReferences": owners}, "data": {"facts": text}});
             serde_json::from_value(body).unwrap()
         };
-        let mut see = |event: Event<ConfigMap>| {
-            writer.apply_watcher_event(&event);
+        let mut see = |mut event: Event<ConfigMap>| {
+            writer.apply_watcher_event(&packed::event(&mut event));
             let (Event::Apply(shared) | Event::Delete(shared)) = event else {
                 return String::new();
             };

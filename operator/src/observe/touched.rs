@@ -2,41 +2,35 @@
 //! follows a lost watch is one such event: it says nothing of what is gone since, and its items reach the cache only
 //! once it is whole. Pure.
 
-use std::fmt::Debug;
-use std::hash::Hash;
 use std::sync::Arc;
 
-use kube::runtime::reflector::{Lookup, Store};
+use kube::runtime::reflector::Store;
 use kube::runtime::watcher::Event;
 
-pub struct Touched<K: Lookup<DynamicType: Eq + Hash> + 'static> {
-    cache: Store<K>,
+use super::Cached;
+use super::packed::Packed;
+
+pub struct Touched<K: Cached> {
+    cache: Store<Packed<K>>,
     /// What the cache held when the list now coming in began.
-    before: Vec<Arc<K>>,
+    before: Vec<Arc<Packed<K>>>,
 }
 
-impl<K> Touched<K>
-where
-    K: Lookup<DynamicType: Eq + Hash + Clone + Debug> + Clone + 'static,
-{
-    pub fn of(cache: Store<K>) -> Touched<K> {
+impl<K: Cached> Touched<K> {
+    pub fn of(cache: Store<Packed<K>>) -> Touched<K> {
         Touched { cache, before: Vec::new() }
     }
 
-    /// After a list everything that it held or left out.
-    pub fn by(&mut self, event: Event<K>) -> Vec<Arc<K>> {
+    /// Shows what an event touched; after a list everything that it held or left out, one after the other.
+    pub fn by(&mut self, event: &Event<K>, mut see: impl FnMut(&K)) {
         match event {
-            Event::Init => {
-                self.before = self.cache.state();
-                Vec::new()
-            }
-            Event::InitApply(_) => Vec::new(),
+            Event::Init => self.before = self.cache.state(),
+            Event::InitApply(_) => {}
             Event::InitDone => {
-                let mut touched = std::mem::take(&mut self.before);
-                touched.extend(self.cache.state());
-                touched
+                let before = std::mem::take(&mut self.before);
+                before.into_iter().chain(self.cache.state()).for_each(|held| see(&held.unpack()));
             }
-            Event::Apply(object) | Event::Delete(object) => vec![Arc::new(object)],
+            Event::Apply(object) | Event::Delete(object) => see(object),
         }
     }
 }
@@ -48,6 +42,7 @@ mod tests {
     use kube::api::ObjectMeta;
     use kube::runtime::reflector::store;
 
+    use super::super::packed;
     use super::*;
 
     fn service(name: &str) -> Service {
@@ -59,10 +54,10 @@ mod tests {
     fn a_list_after_a_lost_watch_tells_of_what_is_gone_and_waits_until_it_is_whole() {
         let (cache, mut writer) = store();
         let mut touched = Touched::of(cache);
-        let mut see = |event: Event<Service>| {
-            writer.apply_watcher_event(&event);
-            let mut names: Vec<_> =
-                touched.by(event).iter().map(|object| object.name_any()).collect();
+        let mut see = |mut event: Event<Service>| {
+            writer.apply_watcher_event(&packed::event(&mut event));
+            let mut names = Vec::new();
+            touched.by(&event, |object| names.push(object.name_any()));
             names.sort();
             names.join(" ")
         };

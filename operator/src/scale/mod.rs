@@ -26,7 +26,6 @@ use plimsoll_crds::{
     DECISIONS_MAX, PlanStatus, ReplicaCapacity, ScalingDecision, ScalingStatus, bounded,
 };
 
-use crate::desired::Identity;
 use crate::scale::decide::{Capacity, Kept};
 use crate::spec::{Scaling, Spec};
 use crate::status::Said;
@@ -148,9 +147,4 @@ fn number(replicas: u32) -> i32 {
 
 fn time(seconds: i64) -> Time {
     Time(Timestamp::from_second(seconds).unwrap_or(Timestamp::UNIX_EPOCH))
-}
-
-/// An object by its namespace and name.
-fn key(identity: &Identity) -> (String, String) {
-    (identity.namespace.clone(), identity.name.clone())
 }

@@ -19,8 +19,8 @@ use super::decide::{Aims, Bounds, Look, Seen, Tempo, Verdict, decide};
 use super::prometheus::{AskError, Prometheus};
 use super::query::{Answers, PodName};
 use super::signals::{Pods, Told, gather};
-use super::{Advice, Advices, bounds, decided, kept, key};
-use crate::desired::Identity;
+use super::{Advice, Advices, bounds, decided, kept};
+use crate::desired::{Identity, names};
 use crate::metrics::Metrics;
 use crate::observe::Caches;
 use crate::pods::{self, Engines};
@@ -273,13 +273,9 @@ fn cases(caches: &Caches, now: Timestamp) -> Vec<Case> {
             && !object.spec.suspend
             && object.metadata.deletion_timestamp.is_none()
     });
-    if scaled.is_empty() {
-        return Vec::new();
-    }
-    let mut pods = caches.engine_pods();
     let cases = scaled.into_iter().filter_map(|object| {
         let identity = Identity::of(&object);
-        let pods = pods.remove(&key(&identity)).unwrap_or_default();
+        let pods = caches.pods_with(&identity.namespace, names::NAME, &identity.name);
         case(object, identity, &pods, now)
     });
     cases.collect()

@@ -22,14 +22,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use kube::runtime::events::{Recorder, Reporter};
+use kube::runtime::events::Reporter;
 use plimsoll_crds::Clients;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::apply::Sharing;
+use crate::apply::{Sharing, Taken};
 use crate::desired::Settings;
+use crate::events::Teller;
 use crate::metrics::Metrics;
+use crate::neighbours::Readings;
 use crate::observe;
 use crate::plan::Prices;
 use crate::reconcile::{Considered, Context};
@@ -115,16 +117,18 @@ fn live(world: &Arc<World>, settings: Settings, story: impl AsyncFnOnce()) -> En
         };
         let clock = world.clone();
         let context = Arc::new(Context {
-            recorder: Recorder::new(client.clone(), reporter),
+            teller: Teller::new(client.clone(), reporter),
             client,
             namespace: None,
             caches,
             advices: Arc::default(),
             metrics: Arc::new(Metrics::new()),
             sharing: Sharing::default(),
+            taken: Taken::default(),
             settings,
             clock: Arc::new(move || clock.clock()),
             considered: Considered::default(),
+            readings: Readings::default(),
             prices: Prices::listed(&[]).unwrap(),
             measurements: Arc::default(),
         });

@@ -126,12 +126,21 @@ impl Store {
             if status {
                 self.get(key)?;
             }
+            // A version named here holds nothing up, as with a real server.
+            let mut body = body.clone();
+            if let Some(metadata) = body["metadata"].as_object_mut() {
+                metadata.shift_remove("resourceVersion");
+            }
             let made = self.create(key, body.clone(), dry_run)?;
             if !dry_run {
-                self.applied.insert(place, body.clone());
+                self.applied.insert(place, body);
             }
             return Ok(made);
         };
+        let version = &body["metadata"]["resourceVersion"];
+        if !version.is_null() && *version != live["metadata"]["resourceVersion"] {
+            return Err(conflict(key));
+        }
         let uid = &body["metadata"]["uid"];
         if !uid.is_null() && *uid != live["metadata"]["uid"] {
             let message = format!("the uid of {} \"{}\" is another", key.resource, key.name);
