@@ -27,6 +27,7 @@ use plimsoll_crds::{Clients, LLMDeployment};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
+use tokio::time::Instant;
 use tracing_subscriber::EnvFilter;
 
 use crate::apply::{ApplyError, Sharing, Taken};
@@ -54,7 +55,9 @@ const FIRST_LOOKS_MAX: usize = 16;
 /// Objects that stand wait for so long before the first word is said of them, where others wait for their children: pods
 /// begin earlier so.
 const CHILDREN_FIRST_MAX: Duration = Duration::from_secs(20);
-const CHILDREN_FIRST_STEP: Duration = Duration::from_millis(500);
+const CHILDREN_FIRST_STEP: Duration = Duration::from_millis(250);
+/// Objects of which the first word is said side by side: whose pods answer waits for none of them.
+const FIRST_WORDS_MAX: usize = 4;
 /// Objects looked at side by side that stand; so whoever declares a thousand lets nobody wait for a status.
 const NEXT_LOOKS_MAX: usize = 8;
 /// News of an object that stands, and whose spec is not new, are heard out for so long before it is looked at: children come
@@ -338,47 +341,52 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
         .await;
 }
 
-/// Where objects wait for their turn, first come first served.
+/// Where objects wait for their turn.
 struct Lanes {
+    /// Of those that have nothing yet, first come first served.
     first: Semaphore,
+    /// Of those whose children stand and of which nothing is told yet.
+    words: Semaphore,
+    /// Of all others, first come first served.
     next: Semaphore,
 }
 
 impl Default for Lanes {
     fn default() -> Lanes {
-        Lanes { first: Semaphore::new(FIRST_LOOKS_MAX), next: Semaphore::new(NEXT_LOOKS_MAX) }
+        Lanes {
+            first: Semaphore::new(FIRST_LOOKS_MAX),
+            words: Semaphore::new(FIRST_WORDS_MAX),
+            next: Semaphore::new(NEXT_LOOKS_MAX),
+        }
     }
 }
 
 impl Lanes {
     async fn turn(&self, object: &LLMDeployment, caches: &Caches) -> SemaphorePermit<'_> {
-        let namespace = object.namespace().unwrap_or_default();
-        let stands = caches.holds::<Deployment>(&namespace, &object.name_any());
-        let seen = object.status.as_ref().and_then(|status| status.observed_generation);
-        if stands && seen == object.metadata.generation {
-            let begun = tokio::time::Instant::now();
+        let (namespace, name) = (object.namespace().unwrap_or_default(), object.name_any());
+        if !caches.holds::<Deployment>(&namespace, &name) {
+            return self.first.acquire().await.expect("lanes are never closed");
+        }
+        let begun = Instant::now();
+        let pods = || caches.pods_with(&namespace, names::NAME, &name);
+        let told = object.status.as_ref().and_then(|status| status.observed_generation);
+        if told.is_none() {
+            while pods().is_empty() {
+                let others_first =
+                    self.first.available_permits() == 0 && begun.elapsed() < CHILDREN_FIRST_MAX;
+                if !others_first && let Ok(turn) = self.words.try_acquire() {
+                    return turn;
+                }
+                tokio::time::sleep(CHILDREN_FIRST_STEP).await;
+            }
+        } else if told == object.metadata.generation {
             tokio::time::sleep(HEAR_OUT).await;
-            let coming = || {
-                let pods = caches.pods_with(&namespace, names::NAME, &object.name_any());
-                pods.iter().any(|pod| pods::is_coming(pod))
-            };
+            let coming = || pods().iter().any(|pod| pods::is_coming(pod));
             while begun.elapsed() < HEAR_POD_OUT_MAX && coming() {
                 tokio::time::sleep(HEAR_OUT).await;
             }
         }
-        if stands && seen.is_none() {
-            let begun = tokio::time::Instant::now();
-            let has_pods =
-                || !caches.pods_with(&namespace, names::NAME, &object.name_any()).is_empty();
-            while begun.elapsed() < CHILDREN_FIRST_MAX
-                && self.first.available_permits() == 0
-                && !has_pods()
-            {
-                tokio::time::sleep(CHILDREN_FIRST_STEP).await;
-            }
-        }
-        let lane = if stands { &self.next } else { &self.first };
-        lane.acquire().await.expect("lanes are never closed")
+        self.next.acquire().await.expect("lanes are never closed")
     }
 }
 

@@ -18,7 +18,7 @@ MODELS = {
     "llama-3.1-8b": dict(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, intermediate=14336, vocabulary=128256),
 }
 # Of the attention kernels alone, at their longest: docs/perf/<card>/kernels_*.md; of prefill by the width of heads.
-ATTENTION_READ_SHARE = 0.94
+ATTENTION_READ_SHARE = 1.0
 # A stream of weights is a little faster than the sum that measures the card (docs/perf.md); no more than this is believed.
 STREAM_SHARE_MAX = 1.10
 ATTENTION_FLOP_SHARES = {64: 0.57, 128: 0.72}

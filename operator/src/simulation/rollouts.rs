@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::world::NAMESPACE;
+use super::world::{NAMESPACE, Write};
 use super::*;
 
 const GOOD: &str = "assistant";
@@ -315,4 +315,31 @@ fn a_child_of_someone_else_is_left_alone_and_named() {
     assert_eq!(done, [false], "asked for once as if it were free, and refused");
     assert_eq!(world.store().all("deployments").len(), 1);
     assert!(world.store().objects.keys().any(|key| key.namespace == NAMESPACE));
+}
+
+#[test]
+fn children_of_all_come_before_words_about_any_and_all_are_told_of() {
+    const OBJECTS: usize = 60;
+    let world = World::new();
+    let mut story = Story::new(vec![
+        // Whoever comes first learns the model.
+        act(|world| world.declare("first", json!({}))),
+        act(|world| (0..OBJECTS).for_each(|index| world.declare(&format!("o-{index}"), json!({})))),
+    ]);
+    tell(&world, &mut story);
+    let of_them = |write: &Write| write.key.name.starts_with("o-");
+    let kinds: Vec<String> = world
+        .writes()
+        .into_iter()
+        .filter(of_them)
+        .map(|write| write.key.resource)
+        .filter(|resource| ["deployments", "llmdeployments"].contains(&resource.as_str()))
+        .collect();
+    let first_word = kinds.iter().position(|kind| kind == "llmdeployments").unwrap();
+    assert!(first_word > OBJECTS - 20, "{first_word} children before the first word: {kinds:?}");
+    for index in 0..OBJECTS {
+        let object = world.get("llmdeployments", &format!("o-{index}")).unwrap();
+        assert_eq!(object["status"]["observedGeneration"], 1, "{object}");
+    }
+    assert_silent(&world);
 }
