@@ -89,7 +89,7 @@ const NOBODYS_VERSION: &str = "1";
 /// What became of a name that was to be free.
 enum Name<K> {
     WasFree,
-    /// By whom; none where it was gone by then, or the server has another idea of versions.
+    /// By whom; none where nobody is found and the server has another idea of versions.
     Taken(Option<K>),
 }
 
@@ -232,30 +232,36 @@ impl Writer<'_> {
         Ok(applied)
     }
 
-    /// Applies `body` where nobody has its name; else who has it now. Of a name that was taken is asked from then on.
+    /// Applies `body` where nobody has its name; else who has it. Of a name that was taken is asked from then on.
     async fn apply_where_free<K: Cached>(
         &self,
         api: &Api<K>,
         want: &Want<K>,
         body: &Value,
     ) -> Result<Name<K>, ApplyError> {
-        let taken = format!("{} {}/{}", K::kind(&()), want.namespace(), want.name());
-        if !self.taken.holds(&taken) {
-            let mut conditional = body.clone();
-            conditional["metadata"]["resourceVersion"] = NOBODYS_VERSION.into();
-            let params = PatchParams::apply(names::MANAGER).force();
-            match api.patch(want.name(), &params, &Patch::Apply(&conditional)).await {
-                Ok(written) => {
-                    self.wrote(&written, "applied").await;
-                    return Ok(Name::WasFree);
+        let name = format!("{} {}/{}", K::kind(&()), want.namespace(), want.name());
+        let mut conditional = body.clone();
+        conditional["metadata"]["resourceVersion"] = NOBODYS_VERSION.into();
+        let params = PatchParams::apply(names::MANAGER).force();
+        // Twice, for who had the name may leave between two requests, and a quota under contention is a conflict too.
+        for _ in 0..2 {
+            if !self.taken.holds(&name) {
+                match api.patch(want.name(), &params, &Patch::Apply(&conditional)).await {
+                    Ok(written) => {
+                        self.wrote(&written, "applied").await;
+                        return Ok(Name::WasFree);
+                    }
+                    Err(kube::Error::Api(status)) if status.code == 409 => {}
+                    Err(source) => return Err(failed(want, source)),
                 }
-                Err(kube::Error::Api(status)) if status.code == 409 => {}
-                Err(source) => return Err(failed(want, source)),
+            }
+            let live = api.get_opt(want.name()).await.map_err(|source| failed(want, source))?;
+            self.taken.note(name.clone(), live.is_some());
+            if live.is_some() {
+                return Ok(Name::Taken(live));
             }
         }
-        let live = api.get_opt(want.name()).await.map_err(|source| failed(want, source))?;
-        self.taken.note(taken, live.is_some());
-        Ok(Name::Taken(live))
+        Ok(Name::Taken(None))
     }
 
     /// Creates `want` where it is absent, and never changes it after; true when that took a write. Revisions and what

@@ -174,22 +174,25 @@ fn of_revision(event: Event, name: &str) -> Event {
     Event { secondary: Some(secondary), ..event }
 }
 
+/// Events of which is remembered that they were told.
+const REMEMBERED_MAX: usize = 256;
+
 /// Tells events to the API server. Of two that are alike within minutes the second only raises a count: so those told are
-/// remembered, until there is nothing more to tell.
+/// remembered, until there are too many or `forget` is called.
 pub struct Teller {
     client: Client,
     reporter: Reporter,
-    recorder: Mutex<Recorder>,
+    recorder: Mutex<(Recorder, usize)>,
 }
 
 impl Teller {
     pub fn new(client: Client, reporter: Reporter) -> Teller {
-        let recorder = Mutex::new(Recorder::new(client.clone(), reporter.clone()));
+        let recorder = Mutex::new((Recorder::new(client.clone(), reporter.clone()), 0));
         Teller { client, reporter, recorder }
     }
 
     pub async fn publish(&self, object: &LLMDeployment, events: &[Event]) {
-        let recorder = self.recorder.lock().expect("no holder panics").clone();
+        let recorder = self.for_more(events.len());
         for event in events {
             if let Err(error) = recorder.publish(event, &object.object_ref(&())).await {
                 tracing::warn!(%error, object = object.name_any(), "an event was lost");
@@ -197,9 +200,21 @@ impl Teller {
         }
     }
 
+    fn for_more(&self, events: usize) -> Recorder {
+        let mut held = self.recorder.lock().expect("no holder panics");
+        if held.1 + events > REMEMBERED_MAX {
+            *held = (self.empty(), 0);
+        }
+        held.1 += events;
+        held.0.clone()
+    }
+
     pub fn forget(&self) {
-        let empty = Recorder::new(self.client.clone(), self.reporter.clone());
-        *self.recorder.lock().expect("no holder panics") = empty;
+        *self.recorder.lock().expect("no holder panics") = (self.empty(), 0);
+    }
+
+    fn empty(&self) -> Recorder {
+        Recorder::new(self.client.clone(), self.reporter.clone())
     }
 }
 

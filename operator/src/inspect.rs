@@ -102,7 +102,7 @@ impl<'a> Look<'a> {
                 let (namespace, owners) = (&wanted.identity.namespace, wanted.owners());
                 let source = wanted.spec.source.to_string();
                 let kept = model::facts(namespace, wanted.key, &owners, &source, facts);
-                share(writer, wanted, kept).await?;
+                create_or_join(writer, wanted, kept).await?;
             }
             // Whoever goes on using the model takes a share in its facts at the end of the pass.
             Model::Looking { .. } | Model::Known(_) | Model::Failed { .. } => {}
@@ -133,18 +133,18 @@ impl<'a> Look<'a> {
             if let Some(facts) = &seen.facts {
                 writer.delete(facts.as_ref()).await?;
             }
-            share(writer, wanted, wanted.claim()).await?;
+            create_or_join(writer, wanted, wanted.claim()).await?;
         }
         let policy = wanted.policy();
         if let Some(held) = seen.policy.as_ref().filter(|held| !policy.is_like(held.as_ref())) {
             // Of a Job that was made by other settings.
             writer.delete(held.as_ref()).await?;
         }
-        share(writer, wanted, policy).await?;
+        create_or_join(writer, wanted, policy).await?;
         if !self.still_holds() {
             return Ok(Next::LookAgain);
         }
-        share(writer, wanted, wanted.job()).await?;
+        create_or_join(writer, wanted, wanted.job()).await?;
         Ok(Next::Done)
     }
 
@@ -153,7 +153,7 @@ impl<'a> Look<'a> {
         let Look { writer, wanted, .. } = self;
         let (identity, key) = (wanted.identity, wanted.key);
         join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
-        share_while(writer, wanted, wanted.policy(), || self.still_holds()).await?;
+        create_or_join_while(writer, wanted, wanted.policy(), || self.still_holds()).await?;
         if self.still_holds() {
             join_present::<Job>(writer, identity, &names::inspect_job(key)).await?;
         }
@@ -188,8 +188,7 @@ pub async fn belong(
     key: &str,
     settled: bool,
 ) -> Result<(), ApplyError> {
-    join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
-    join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
+    share(writer, identity, key).await?;
     leave_kind::<Job>(writer, identity, key, |_| true).await?;
     leave_kind::<NetworkPolicy>(writer, identity, key, |_| true).await?;
     // Facts say that a download is whole, and bear its name.
@@ -208,6 +207,13 @@ pub async fn belong(
         Some(policy) => writer.delete(policy.as_ref()).await,
         None => Ok(()),
     }
+}
+
+/// Takes a share in what is known of a model and in its download, where they are there.
+pub async fn share(writer: &Writer<'_>, identity: &Identity, key: &str) -> Result<(), ApplyError> {
+    join_present::<ConfigMap>(writer, identity, &names::model(key)).await?;
+    join_present::<PersistentVolumeClaim>(writer, identity, &names::model(key)).await?;
+    Ok(())
 }
 
 async fn leave_kind<K: Cached>(
@@ -244,16 +250,16 @@ async fn leave_kind<K: Cached>(
 }
 
 /// Creates a shared object, or joins its owners where another was first.
-async fn share<K: Cached>(
+async fn create_or_join<K: Cached>(
     writer: &Writer<'_>,
     wanted: &Wanted<'_>,
     want: Want<K>,
 ) -> Result<(), ApplyError> {
-    share_while(writer, wanted, want, || true).await
+    create_or_join_while(writer, wanted, want, || true).await
 }
 
 /// The same while it is wanted: others may take it away between two looks.
-async fn share_while<K: Cached>(
+async fn create_or_join_while<K: Cached>(
     writer: &Writer<'_>,
     wanted: &Wanted<'_>,
     want: Want<K>,

@@ -8,6 +8,8 @@ use crate::reconcile::Context;
 
 /// How often is looked whether the operator is at rest, which it is when it looked at nothing in between.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Looks without work after which nothing more is told that would be like what was told before.
+const LOOKS_UNTIL_FORGOTTEN: u32 = 36;
 
 /// Before the first thread: one heap for all, because threads that mostly wait gain nothing from one each; large buffers
 /// apart from it, whatever was freed before.
@@ -21,20 +23,22 @@ pub fn keep_small() {
     }
 }
 
-/// Gives free memory back whenever work has come to an end, for ever; what was remembered for the work is free then.
+/// Gives free memory back whenever work has come to an end, for ever, and once more when what was remembered for it is free.
 pub async fn give_back(context: Arc<Context>) {
-    let mut before = 0;
-    let mut is_given_back = true;
+    let (mut before, mut looks) = (0, 0_u32);
     loop {
         tokio::time::sleep(LOOK_EVERY).await;
         let now = context.metrics.reconciles();
-        if now != before {
-            is_given_back = false;
-        } else if !std::mem::replace(&mut is_given_back, true) {
-            context.teller.forget();
-            trim();
-        }
+        looks = if now == before { looks.saturating_add(1) } else { 0 };
         before = now;
+        match looks {
+            1 => trim(),
+            LOOKS_UNTIL_FORGOTTEN => {
+                context.teller.forget();
+                trim();
+            }
+            _ => {}
+        }
     }
 }
 

@@ -60,8 +60,12 @@ impl<T> Held<T> {
         &self,
         read: impl Future<Output = Result<T, kube::Error>>,
     ) -> Result<Arc<T>, kube::Error> {
+        let came = Instant::now();
         let mut held = self.0.lock().await;
-        if let Some(reading) = held.as_ref().filter(|held| held.began.elapsed() < SAME_MOMENT) {
+        // However long whoever had the turn took to read.
+        let fits =
+            |reading: &&Reading<T>| came.saturating_duration_since(reading.began) < SAME_MOMENT;
+        if let Some(reading) = held.as_ref().filter(fits) {
             return Ok(reading.read.clone());
         }
         let began = Instant::now();
@@ -147,5 +151,31 @@ async fn read_quotas(client: &Client, namespace: &str) -> Result<Vec<ResourceQuo
         Ok(list) => Ok(list.items),
         Err(kube::Error::Api(refused)) if refused.code == FORBIDDEN => Ok(Vec::new()),
         Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn plans_of_one_moment_share_a_reading_however_long_it_takes_and_a_failed_one_is_made_anew()
+     {
+        let (held, reads) = (Held::default(), AtomicUsize::new(0));
+        let read = async |seconds: u64, fails: bool| {
+            let number = reads.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+            if fails { Err(kube::Error::LinesCodecMaxLineLengthExceeded) } else { Ok(number) }
+        };
+        let slow = || held.or_read(read(10, false));
+        let (a, b, c) = tokio::join!(slow(), slow(), slow());
+        assert_eq!([*a.unwrap(), *b.unwrap(), *c.unwrap()], [0, 0, 0]);
+        assert_eq!(*held.or_read(read(0, false)).await.unwrap(), 1, "it began ten seconds ago");
+        assert_eq!(*held.or_read(read(0, false)).await.unwrap(), 1);
+        tokio::time::sleep(SAME_MOMENT).await;
+        assert!(held.or_read(read(0, true)).await.is_err());
+        assert_eq!(*held.or_read(read(0, false)).await.unwrap(), 3, "no failure is kept");
     }
 }

@@ -211,17 +211,27 @@ fn follow<K: Cached>(
         .boxed()
 }
 
-/// The controller tells of objects that are gone by itself, and reads the others as they are.
+/// The controller tells of objects that are gone by itself. Those of a list are read once all of it is in the cache.
 fn follow_objects(
     api: Api<LLMDeployment>,
     writer: reflector::store::Writer<LLMDeployment>,
 ) -> BoxStream<'static, Result<ObjectRef<LLMDeployment>, watcher::Error>> {
+    let objects = writer.as_reader();
     watcher(api, all())
         .default_backoff()
         .modify(trim_meta)
         .reflect(writer)
-        .touched_objects()
-        .map_ok(|object| ObjectRef::from_obj(&object))
+        .map_ok(move |event| {
+            let touched = match event {
+                watcher::Event::Apply(object) | watcher::Event::Delete(object) => {
+                    vec![ObjectRef::from_obj(&object)]
+                }
+                watcher::Event::InitDone => everyone(&objects),
+                watcher::Event::Init | watcher::Event::InitApply(_) => Vec::new(),
+            };
+            futures::stream::iter(touched).map(Ok)
+        })
+        .try_flatten()
         .boxed()
 }
 
@@ -277,13 +287,17 @@ fn objects_of_nodes(
 ) -> Vec<ObjectRef<LLMDeployment>> {
     let Caches { nodes, nodes_version, objects, .. } = caches;
     let changed = match event {
-        watcher::Event::Init => return Vec::new(),
-        watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
-            nodes_version.note(&node.name_any(), Some(node))
-        }
+        // The cache holds a list once it is whole.
+        watcher::Event::Init | watcher::Event::InitApply(_) => return Vec::new(),
+        watcher::Event::Apply(node) => nodes_version.note(&node.name_any(), Some(node)),
         watcher::Event::Delete(node) => nodes_version.note(&node.name_any(), None),
         watcher::Event::InitDone => {
-            nodes_version.retain(|name| nodes.get(&ObjectRef::new(name)).is_some())
+            let changed = nodes
+                .state()
+                .iter()
+                .map(|node| nodes_version.note(&node.name_any(), Some(node)))
+                .fold(false, |any, changed| any | changed);
+            nodes_version.retain(|name| nodes.get(&ObjectRef::new(name)).is_some()) | changed
         }
     };
     if changed && caches.is_ready() {
@@ -327,11 +341,14 @@ fn trim_deployment(deployment: &mut Deployment) {
         last_transition_time: None,
         ..condition
     };
-    deployment.status = Some(DeploymentStatus {
-        observed_generation: status.observed_generation,
-        conditions: Some(in_the_way.map(plain).collect()),
-        ..Default::default()
-    });
+    let in_the_way: Vec<_> = in_the_way.map(plain).collect();
+    if !in_the_way.is_empty() {
+        deployment.status = Some(DeploymentStatus {
+            observed_generation: status.observed_generation,
+            conditions: Some(in_the_way),
+            ..Default::default()
+        });
+    }
 }
 
 /// Of a pod only what tells whether it runs, where, with how much of the node, and why not.
@@ -550,5 +567,50 @@ fn at_least(shown: &str, wanted: &str) -> bool {
     match (shown.parse::<u128>(), wanted.parse::<u128>()) {
         (Ok(shown), Ok(wanted)) => shown >= wanted,
         _ => shown == wanted,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::rollout;
+
+    fn trimmed(status: Value) -> Deployment {
+        let mut deployment = serde_json::from_value(json!({
+            "metadata": {"name": "a", "generation": 3, "annotations": {"deployment.kubernetes.io/revision": "7"}},
+            "status": status,
+        }))
+        .unwrap();
+        trim_deployment(&mut deployment);
+        deployment
+    }
+
+    #[test]
+    fn of_a_deployment_that_goes_well_nothing_is_kept_that_changes_by_itself() {
+        let begun = trimmed(json!({"observedGeneration": 2}));
+        let condition = json!({"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable",
+            "lastUpdateTime": "2026-01-01T00:00:00Z"});
+        let done =
+            trimmed(json!({"observedGeneration": 3, "replicas": 1, "conditions": [condition]}));
+        assert_eq!(begun, done);
+        assert!(!rollout::overdue(Some(&done)));
+    }
+
+    #[test]
+    fn what_keeps_pods_from_coming_is_kept() {
+        let late = |generation: i64| {
+            let condition = json!({"type": "Progressing", "status": "False",
+                "reason": "ProgressDeadlineExceeded"});
+            trimmed(json!({"observedGeneration": generation, "conditions": [condition]}))
+        };
+        assert!(rollout::overdue(Some(&late(3))));
+        assert!(!rollout::overdue(Some(&late(2))), "that was about an older spec");
+        let condition =
+            json!({"type": "ReplicaFailure", "status": "True", "message": "exceeded quota"});
+        let refused = trimmed(json!({"conditions": [condition]}));
+        let conditions = refused.status.unwrap().conditions.unwrap();
+        assert_eq!(conditions[0].message.as_deref(), Some("exceeded quota"));
     }
 }

@@ -102,7 +102,9 @@ pub fn is_coming(pod: &Pod) -> bool {
     let containers =
         pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
     let has_begun = |held: &ContainerStatus| {
-        held.restart_count > 0 || held.state.as_ref().is_some_and(|state| state.waiting.is_none())
+        kept_waiting(held).is_some()
+            || held.restart_count > 0
+            || held.state.as_ref().is_some_and(|state| state.waiting.is_none())
     };
     stays(pod)
         && matches!(phase, None | Some("Pending"))

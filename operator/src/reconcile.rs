@@ -25,7 +25,7 @@ use crate::metrics::Metrics;
 use crate::neighbours::Readings;
 use crate::observe::{Caches, Seen};
 use crate::plan::Prices;
-use crate::revision::{self, Revision};
+use crate::revision::{self, Content, Revision};
 use crate::rollout::{self, Rollout};
 use crate::run::chain;
 use crate::scale::{self, Advices};
@@ -99,8 +99,8 @@ pub struct Pass {
     pub current: Option<Revision>,
     /// Its children were seen to stand.
     pub stood: bool,
-    /// They are the first of their object, and were made just now: what is to be told of them is for the next look, behind the
-    /// children of others that wait.
+    /// They are the first of their object, and this pass made them: what is to be told of them is for the next look, behind
+    /// the children of others that wait.
     pub began: bool,
     /// What was put right after another hand.
     pub repaired: Vec<Repair>,
@@ -292,10 +292,16 @@ async fn roll(object: &LLMDeployment, case: &Case<'_>, pass: &mut Pass) -> Resul
     pass.rollout = Some(rollout.clone());
     let (standing, good) = (&rollout.revision, rollout.memory.good.as_deref());
     if within_bounds(standing, identity, &context.settings) || fewer(seen, replicas) {
-        pass.repaired = stand(object, &rollout, around, identity, context).await?;
+        let Content { model_key, shared_download, .. } = &standing.content;
+        if *shared_download && deployment.is_none() {
+            // Pods mount it: whoever shared it alone may leave before the next look.
+            inspect::share(&context.writer(), identity, model_key).await?;
+        }
+        let stood = stand(object, &rollout, around, identity, context).await?;
+        pass.repaired = stood.repaired;
         pass.stood = true;
         let told = object.status.as_ref().and_then(|status| status.observed_generation);
-        pass.began = deployment.is_none() && told.is_none();
+        pass.began = stood.deployment == Applied::Created && told.is_none();
     }
     if pass.began {
         return Ok(());
@@ -328,7 +334,7 @@ async fn hold(
     pass.rollout = Some(rollout.clone());
     let around = Surroundings::held(&object.spec, pass.replicas, &context.settings);
     if within_bounds(running, identity, &context.settings) || fewer(&seen, pass.replicas) {
-        pass.repaired = stand(object, &rollout, around, identity, context).await?;
+        pass.repaired = stand(object, &rollout, around, identity, context).await?.repaired;
         pass.stood = true;
     }
     Ok(())
@@ -375,14 +381,21 @@ fn barred(spec: &Spec, settings: &Settings) -> Option<Said> {
     Some(status::overlay_not_allowed(&field))
 }
 
-/// Children from the rollout's revision and nothing else. Tells of what another hand had changed.
+/// What it took to make the children stand.
+struct Stood {
+    deployment: Applied,
+    /// What another hand had changed.
+    repaired: Vec<Repair>,
+}
+
+/// Children from the rollout's revision and nothing else.
 async fn stand(
     object: &LLMDeployment,
     rollout: &Rollout,
     around: Surroundings<'_>,
     identity: &Identity,
     context: &Context,
-) -> Result<Vec<Repair>, ApplyError> {
+) -> Result<Stood, ApplyError> {
     let writer = context.writer();
     let owner = Owner::Controller { uid: &identity.uid };
     let children = desired::children(identity, rollout, around);
@@ -414,7 +427,7 @@ async fn stand(
         budgeted.and_then(|want| events::repair(want, &budget, stood)),
         events::repair(&children.deployment, &deployment, stood),
     ];
-    Ok(repairs.into_iter().flatten().collect())
+    Ok(Stood { deployment, repaired: repairs.into_iter().flatten().collect() })
 }
 
 /// Monitors and rules, where the cluster knows these kinds. That nobody watches keeps no model from serving.

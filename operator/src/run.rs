@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
@@ -54,7 +55,7 @@ const WORKER_THREADS: usize = 2;
 const FIRST_LOOKS_MAX: usize = 16;
 /// Objects that stand wait for so long before the first word is said of them, where others wait for their children: pods
 /// begin earlier so.
-const CHILDREN_FIRST_MAX: Duration = Duration::from_secs(20);
+const CHILDREN_FIRST_MAX: Duration = Duration::from_secs(30);
 const CHILDREN_FIRST_STEP: Duration = Duration::from_millis(250);
 /// Objects of which the first word is said side by side: whose pods answer waits for none of them.
 const FIRST_WORDS_MAX: usize = 4;
@@ -295,11 +296,16 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
     let failures = Arc::new(Failures::default());
     let counted = failures.clone();
     let lanes = Arc::new(Lanes::default());
+    let stopping = stop.clone();
     let work = move |object: Arc<LLMDeployment>, context: Arc<Context>| {
         let failures = counted.clone();
         let lanes = lanes.clone();
+        let mut stopping = stopping.clone();
         let work = async move {
-            let _turn = lanes.turn(&object, &context.caches).await;
+            let _turn = tokio::select! {
+                turn = lanes.turn(&object, &context.caches) => turn,
+                _ = stopping.wait_for(|stop| *stop) => return Ok(Action::await_change()),
+            };
             // As it is now, after the wait.
             let Some(object) = context.caches.objects.get(&ObjectRef::from_obj(object.as_ref()))
             else {
@@ -345,7 +351,7 @@ pub async fn control(context: Arc<Context>, triggers: Triggers, mut stop: watch:
 struct Lanes {
     /// Of those that have nothing yet, first come first served.
     first: Semaphore,
-    /// Of those whose children stand and of which nothing is told yet.
+    /// Of those whose children stand and of which nothing is told yet, until they have pods.
     words: Semaphore,
     /// Of all others, first come first served.
     next: Semaphore,
@@ -371,13 +377,17 @@ impl Lanes {
         let pods = || caches.pods_with(&namespace, names::NAME, &name);
         let told = object.status.as_ref().and_then(|status| status.observed_generation);
         if told.is_none() {
-            while pods().is_empty() {
-                let others_first =
-                    self.first.available_permits() == 0 && begun.elapsed() < CHILDREN_FIRST_MAX;
-                if !others_first && let Ok(turn) = self.words.try_acquire() {
-                    return turn;
-                }
+            let others_first =
+                || self.first.available_permits() == 0 && begun.elapsed() < CHILDREN_FIRST_MAX;
+            while pods().is_empty() && others_first() {
                 tokio::time::sleep(CHILDREN_FIRST_STEP).await;
+            }
+            let mut turn = pin!(self.words.acquire());
+            while pods().is_empty() {
+                tokio::select! {
+                    turn = &mut turn => return turn.expect("lanes are never closed"),
+                    () = tokio::time::sleep(CHILDREN_FIRST_STEP) => {}
+                }
             }
         } else if told == object.metadata.generation {
             tokio::time::sleep(HEAR_OUT).await;

@@ -68,15 +68,17 @@ impl<K: Cached> Filling<K> {
     pub(super) fn take(&mut self, event: &mut watcher::Event<K>) -> bool {
         self.cache.index.note(event);
         let packed = packed::event(event);
-        let is_news = match &packed {
-            watcher::Event::Apply(now) => {
-                let (namespace, name) = now.names();
-                let before = self.cache.packed(namespace, name);
-                before.is_none_or(|before| !before.is_like(now))
-            }
-            _ => true,
+        let watcher::Event::Apply(now) = &packed else {
+            self.writer.apply_watcher_event(&packed);
+            return true;
         };
+        let (namespace, name) = now.names();
+        let before = self.cache.packed(namespace, name);
+        let is_news = before.as_ref().is_none_or(|before| !before.is_like(now));
         self.writer.apply_watcher_event(&packed);
+        if let (true, Some(before), watcher::Event::Apply(now)) = (is_news, before, event) {
+            self.cache.index.forget(before.unpack().as_ref(), now);
+        }
         is_news
     }
 }
@@ -108,11 +110,12 @@ pub(super) fn indexed_by_label<'a, K: Resource>(object: &'a K, label: &str) -> O
     object.labels().get(label).map(String::as_str)
 }
 
-/// What several share is asked for by its model and by each of them.
-fn indexed_by_model_and_owners<K: Resource>(shared: &K) -> Vec<&str> {
-    let Some(model) = indexed_by_label(shared, names::MODEL) else { return Vec::new() };
-    let owners = shared.owner_references().iter().map(|owner| owner.uid.as_str());
-    owners.chain([model]).collect()
+/// What several share is asked for by each of them.
+fn indexed_by_owners<K: Resource>(shared: &K) -> Vec<&str> {
+    if indexed_by_label(shared, names::MODEL).is_none() {
+        return Vec::new();
+    }
+    shared.owner_references().iter().map(|owner| owner.uid.as_str()).collect()
 }
 
 macro_rules! cached {
@@ -141,10 +144,10 @@ cached! {
     PodMonitor => pod_monitors.cache, |_| Vec::new();
     PrometheusRule => prometheus_rules.cache, |_| Vec::new();
     ControllerRevision => revisions, |it| indexed_by_label(it, names::NAME).into_iter().collect();
-    NetworkPolicy => policies, indexed_by_model_and_owners;
-    Job => jobs, indexed_by_model_and_owners;
-    PersistentVolumeClaim => claims, indexed_by_model_and_owners;
-    ConfigMap => facts, indexed_by_model_and_owners;
+    NetworkPolicy => policies, indexed_by_owners;
+    Job => jobs, indexed_by_owners;
+    PersistentVolumeClaim => claims, indexed_by_owners;
+    ConfigMap => facts, indexed_by_owners;
 }
 
 /// Of a pod what is summed and counted over all of them.

@@ -21,6 +21,18 @@ struct Names {
     coming: HashMap<Key, BTreeSet<String>>,
 }
 
+impl Names {
+    fn remove(&mut self, keys: impl Iterator<Item = Key>, name: &str) {
+        for key in keys {
+            let Some(held) = self.held.get_mut(&key) else { continue };
+            held.remove(name);
+            if held.is_empty() {
+                self.held.remove(&key);
+            }
+        }
+    }
+}
+
 /// Namespace and value; names, digests of models and uids do not meet.
 type Key = (String, String);
 
@@ -32,16 +44,15 @@ impl Index {
             Event::InitApply(object) => insert(&mut names.coming, object),
             Event::InitDone => names.held = std::mem::take(&mut names.coming),
             Event::Apply(object) => insert(&mut names.held, object),
-            Event::Delete(object) => {
-                for key in keys(object) {
-                    let Some(held) = names.held.get_mut(&key) else { continue };
-                    held.remove(&object.name_any());
-                    if held.is_empty() {
-                        names.held.remove(&key);
-                    }
-                }
-            }
+            Event::Delete(object) => names.remove(keys(object), &object.name_any()),
         }
+    }
+
+    /// Called once the cache holds `now` in the place of `before`: what stood in the one and does not in the other.
+    pub fn forget<K: Cached>(&self, before: &K, now: &K) {
+        let stays: Vec<Key> = keys(now).collect();
+        let gone = keys(before).filter(|key| !stays.contains(key));
+        self.0.lock().expect("no holder panics").remove(gone, &before.name_any());
     }
 
     /// In order.
@@ -88,6 +99,12 @@ mod tests {
         assert!(index.names("other", "a").is_empty());
         index.note(&Event::Delete(pod("a-1", "a")));
         assert_eq!(of_a(), "a-2");
+
+        index.note(&Event::Apply(pod("a-2", "c")));
+        index.forget(&pod("a-2", "a"), &pod("a-2", "c"));
+        assert!(of_a().is_empty(), "its label changed");
+        assert_eq!(index.names("n", "c"), ["a-2"]);
+        index.note(&Event::Apply(pod("a-2", "a")));
 
         index.note(&Event::<Pod>::Init);
         index.note(&Event::InitApply(pod("a-3", "a")));

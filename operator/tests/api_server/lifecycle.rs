@@ -2,6 +2,7 @@
 //! and held against what engines measure.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use k8s_openapi::api::apps::v1::{ControllerRevision, Deployment};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -345,13 +346,21 @@ async fn restate_operator_138_measuring_costs_a_write_only_when_a_value_moved() 
     assert!(at_rest.is_empty(), "{at_rest:#?}");
     engine.tell(600 << 20, 3.1, 20, 2.0, 1000);
     measured(MeasuredStatus { peak_memory_bytes: Some(600 << 20), ..first }).await;
-    let told = _operator.ask("/metrics");
     let series = |kind: &str, bytes: i64| {
         format!(
             "plimsoll_llmdeployment_memory_bytes{{namespace=\"{}\",name=\"assistant\",kind=\"{kind}\"}} {bytes}",
             world.namespace
         )
     };
+    let mut told = _operator.ask("/metrics");
+    // What is served comes from the operator's cache, which hears of the write after us.
+    for _ in 0..100 {
+        if told.contains(&series("measured", 600 << 20)) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        told = _operator.ask("/metrics");
+    }
     assert!(told.contains(&series("measured", 600 << 20)), "{told}");
     let object: LLMDeployment = world.get("assistant").await.unwrap();
     let plan = object.status.unwrap().plan.unwrap();
