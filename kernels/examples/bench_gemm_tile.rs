@@ -3,6 +3,7 @@
 //! operations at the matrix peak.
 //!
 //! `bench_gemm_tile [FILE]`: FILE has lines `product tokens microseconds` of another library, to print beside ours.
+//! `bench_gemm_tile hot`, `bench_gemm_tile hot-decode`: long runs, in which the card's power decides.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails may say so roughly")]
 
@@ -11,7 +12,7 @@ use std::collections::HashMap;
 use half::bf16;
 use plimsoll_kernels::device::{Buffer, Device, Pointer};
 use plimsoll_kernels::ops::gemm::{Epilogue, GemmArguments};
-use plimsoll_kernels::ops::gemm_tile::{GemmTile, Plan, Shape, Tile, plan};
+use plimsoll_kernels::ops::gemm_tile::{Card, GemmTile, Plan, Shape, Tile, plan};
 use plimsoll_kernels::reference::random::bits;
 
 const READ_BYTES_PER_SECOND: f64 = 4.42e12;
@@ -56,11 +57,13 @@ fn main() {
         Err(error) => return eprintln!("left out: {error}"),
     };
     let gemm = GemmTile::load(&device).unwrap();
-    println!("{}, {} processors", device.name().unwrap(), device.processors());
+    println!("{}, {:?}", device.name().unwrap(), Card::of(&device));
     let others = std::env::args().nth(1).map(|file| read_others(&file)).unwrap_or_default();
     let memory = Memory::new(&device);
-    if std::env::args().nth(1).as_deref() == Some("hot") {
-        return hot(&device, &gemm, &memory);
+    match std::env::args().nth(1).as_deref() {
+        Some("hot") => return hot(&device, &gemm, &memory),
+        Some("hot-decode") => return hot_decode(&device, &gemm, &memory),
+        _ => {}
     }
     println!(
         "product tokens floor_us | best us TFLOP/s share cut | planned us | library us | next cuts"
@@ -87,7 +90,7 @@ fn line(
         panels: (product.columns / 64) as u32,
         rows: tokens as u32,
     };
-    let planned = plan(shape, product.epilogue, device.processors());
+    let planned = plan(shape, product.epilogue, Card::of(device));
     let mut cuts = cuts(shape, product.epilogue, device.processors());
     if !cuts.contains(&planned) {
         cuts.push(planned);
@@ -136,6 +139,43 @@ fn hot(device: &Device, gemm: &GemmTile, memory: &Memory) {
                 shown.push(format!("band {band} {:.1}", seconds * 1e6));
             }
             println!("hot {round} {} {tokens}: {}", product.name, shown.join(", "));
+        }
+    }
+}
+
+/// Every cut of the 8B's products at the largest batches, each after a second in which the card grew as hot as it gets.
+fn hot_decode(device: &Device, gemm: &GemmTile, memory: &Memory) {
+    for product in &PRODUCTS[4..] {
+        for tokens in [128, 256] {
+            let shape = Shape {
+                tiles: (product.stored / 64) as u32,
+                panels: (product.columns / 64) as u32,
+                rows: tokens as u32,
+            };
+            let planned = plan(shape, product.epilogue, Card::of(device));
+            let time = |cut: Plan, seconds: f64| {
+                1e6 * seconds_of(device, gemm, memory, product, tokens, cut, seconds)
+            };
+            let mut cuts = cuts(shape, product.epilogue, device.processors());
+            if !cuts.contains(&planned) {
+                cuts.push(planned);
+            }
+            let cold: Vec<f64> = cuts.iter().map(|&cut| time(cut, 2e-3)).collect();
+            time(planned, 1.0);
+            let mut timed: Vec<(f64, f64, Plan)> =
+                cuts.iter().zip(cold).map(|(&cut, cold)| (time(cut, 0.2), cold, cut)).collect();
+            timed.sort_by(|a, b| a.0.total_cmp(&b.0));
+            let shown: Vec<String> = timed
+                .iter()
+                .filter(|(_, _, cut)| *cut == planned)
+                .chain(timed.iter().take(6))
+                .map(|(hot, cold, cut)| format!("{hot:.1} ({cold:.1}) {}", short(*cut)))
+                .collect();
+            println!(
+                "{} {tokens} hot (cold) us, planned first: {}",
+                product.name,
+                shown.join(", ")
+            );
         }
     }
 }
@@ -189,7 +229,7 @@ fn seconds_of(
     let launches = copies.max(4);
     let graph = device.record(|| (0..launches).try_for_each(launch)).unwrap();
     let once = device.seconds_each(0, 1, |_| device.replay(&graph)).unwrap();
-    let repeats = (seconds / once).ceil().clamp(1.0, 200.0) as usize;
+    let repeats = (seconds / once).ceil().clamp(1.0, 5000.0) as usize;
     device.seconds_each(0, repeats, |_| device.replay(&graph)).unwrap() / launches as f64
 }
 

@@ -325,6 +325,17 @@ impl Device {
         self.capability == (9, 0)
     }
 
+    /// Bytes of its memory that the card moves in a microsecond by its data sheet: two transfers a clock, as wide as the bus.
+    /// None where the driver does not say.
+    #[must_use]
+    pub fn memory_speed(&self) -> Option<f64> {
+        use sys::CUdevice_attribute as Attribute;
+        let kilohertz = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE);
+        let bits = self.context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH);
+        let (kilohertz, bits) = (f64::from(kilohertz.ok()?), f64::from(bits.ok()?));
+        (kilohertz > 0.0 && bits > 0.0).then_some(2.0 * kilohertz / 1e3 * bits / 8.0)
+    }
+
     /// Streaming multiprocessors.
     #[must_use]
     pub fn processors(&self) -> u32 {

@@ -143,9 +143,33 @@ pub struct Shape {
     pub rows: u32,
 }
 
+/// What a plan depends on beside the product.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Card {
+    pub processors: u32,
+    /// Of its memory, as far as many blocks that read together reach it.
+    pub bytes_per_microsecond: f64,
+}
+
+/// Part of the data sheet that tiles reach; and what an H200 gives them, for a card of which the driver does not say.
+const MEMORY_REACHED: f64 = 0.875;
+const H200_BYTES_PER_MICROSECOND: f64 = 4.2e6;
+
+impl Card {
+    #[must_use]
+    pub fn of(device: &Device) -> Card {
+        let reached = device.memory_speed().map(|speed| speed * MEMORY_REACHED);
+        Card {
+            processors: device.processors(),
+            bytes_per_microsecond: reached.unwrap_or(H200_BYTES_PER_MICROSECOND),
+        }
+    }
+}
+
 /// The plan with the least estimated time; among equals the first.
 #[must_use]
-pub fn plan(shape: Shape, epilogue: Epilogue, processors: u32) -> Plan {
+pub fn plan(shape: Shape, epilogue: Epilogue, card: Card) -> Plan {
+    let Card { processors, .. } = card;
     let tiles = Tile::ALL.into_iter();
     let plans = tiles.flat_map(|tile| {
         let split =
@@ -155,13 +179,14 @@ pub fn plan(shape: Shape, epilogue: Epilogue, processors: u32) -> Plan {
     let plans = plans.filter(|plan| plan.fits(shape, epilogue, processors));
     // Where not even one round is full, to split K evenly was always faster than to deal.
     let plans = plans.filter(|plan| !plan.deal || plan.units(shape) > processors);
-    let costs = plans.map(|plan| (estimate(plan, shape, processors), plan));
+    let costs = plans.map(|plan| (estimate(plan, shape, card), plan));
     let best = costs.min_by(|a, b| a.0.total_cmp(&b.0));
     best.expect("a plan without splits always fits").1
 }
 
-/// Microseconds, by a model of one H200 that was fitted to the benchmark.
-fn estimate(plan: Plan, shape: Shape, processors: u32) -> f64 {
+/// Microseconds, by a model that was fitted to the benchmark on an H200, with the card's own memory.
+fn estimate(plan: Plan, shape: Shape, card: Card) -> f64 {
+    let Card { processors, bytes_per_microsecond } = card;
     let units = plan.units(shape);
     let (rows, tokens) = (f64::from(plan.tile.tiles() * 64), f64::from(plan.tile.tokens()));
     // A panel of a tile while `busy` blocks work: the matrix unit, what a processor takes from the L2, and the
@@ -171,8 +196,9 @@ fn estimate(plan: Plan, shape: Shape, processors: u32) -> f64 {
         // Twice the copies of weights keep the one thread that asks for them busy.
         let asked = if plan.tile == Tile::Rows256Tokens128 { 1.1 } else { 1.0 };
         let taken = asked * (rows + tokens) * 128.0 / 75e3;
-        let readers = f64::from(plan.token_tiles(shape.rows)).min(8.0);
-        let memory = rows * 128.0 * f64::from(busy) / readers / 4.2e6;
+        // Those that read the same weights are not quite side by side.
+        let readers = f64::from(plan.token_tiles(shape.rows)).min(8.0).powf(0.75);
+        let memory = rows * 128.0 * f64::from(busy) / readers / bytes_per_microsecond;
         tensor.max(taken).max(memory)
     };
     let panels = f64::from(shape.panels.div_ceil(plan.splits));
@@ -216,7 +242,7 @@ struct GemmTileArguments {
 #[derive(Clone, Debug)]
 pub struct GemmTile {
     kernels: Vec<(Epilogue, Tile, Kernel)>,
-    processors: u32,
+    card: Card,
 }
 
 impl GemmTile {
@@ -233,7 +259,7 @@ impl GemmTile {
                 kernels.push((epilogue, tile, kernel));
             }
         }
-        Ok(Self { kernels, processors: device.processors() })
+        Ok(Self { kernels, card: Card::of(device) })
     }
 
     /// Bytes that `partials` leads to on a card of `processors`, and integers that `counters` leads to, for products of
@@ -254,7 +280,7 @@ impl GemmTile {
         epilogue: Epilogue,
         arguments: &GemmArguments,
     ) -> Result<(), DeviceError> {
-        let plan = plan(shape_of(arguments), epilogue, self.processors);
+        let plan = plan(shape_of(arguments), epilogue, self.card);
         self.launch_as(device, epilogue, arguments, plan)
     }
 
@@ -272,7 +298,7 @@ impl GemmTile {
         check(epilogue, arguments);
         let shape = shape_of(arguments);
         assert!(
-            plan.fits(shape, epilogue, self.processors),
+            plan.fits(shape, epilogue, self.card.processors),
             "blocks that wait for each other run at once"
         );
         assert!(
@@ -281,12 +307,12 @@ impl GemmTile {
         );
         let units = plan.units(shape);
         let blocks = match plan {
-            Plan { deal: true, .. } => self.processors,
-            Plan { splits: 1, .. } => units.min(self.processors),
+            Plan { deal: true, .. } => self.card.processors,
+            Plan { splits: 1, .. } => units.min(self.card.processors),
             Plan { splits, .. } => units * splits,
         };
         let whole = match plan {
-            Plan { deal: true, .. } => units - units % self.processors,
+            Plan { deal: true, .. } => units - units % self.card.processors,
             Plan { splits: 1, .. } => units,
             _ => 0,
         };
@@ -347,7 +373,8 @@ crate::mirrors::mirrors! {
 mod tests {
     use super::*;
 
-    const PROCESSORS: u32 = 132;
+    const H200: Card = Card { processors: 132, bytes_per_microsecond: H200_BYTES_PER_MICROSECOND };
+    const H100: Card = Card { bytes_per_microsecond: 2.93e6, ..H200 };
 
     #[test]
     fn shared_memory_fits_a_block_of_hopper() {
@@ -362,7 +389,7 @@ mod tests {
             for panels in [1, 2, 32, 64, 224] {
                 for rows in [1, 65, 128, 129, 192, 193, 256, 257, 2048, 8192] {
                     for epilogue in Epilogue::ALL {
-                        let plan = plan(Shape { tiles, panels, rows }, epilogue, PROCESSORS);
+                        let plan = plan(Shape { tiles, panels, rows }, epilogue, H200);
                         assert!(plan.splits <= panels);
                         assert!(plan.splits == 1 || epilogue != Epilogue::Logits);
                     }
@@ -373,10 +400,23 @@ mod tests {
 
     #[test]
     fn few_blocks_split_k_and_many_do_not() {
-        let o = plan(Shape { tiles: 64, panels: 64, rows: 256 }, Epilogue::Residual, PROCESSORS);
+        let o = plan(Shape { tiles: 64, panels: 64, rows: 256 }, Epilogue::Residual, H200);
         assert!(o.splits > 1, "{o:?}");
-        let prefill =
-            plan(Shape { tiles: 448, panels: 64, rows: 8192 }, Epilogue::GateUp, PROCESSORS);
+        let prefill = plan(Shape { tiles: 448, panels: 64, rows: 8192 }, Epilogue::GateUp, H200);
         assert!(prefill.splits == 1 && prefill.tile.tokens() >= 192, "{prefill:?}");
+    }
+
+    #[test]
+    fn a_card_with_slower_memory_takes_fewer_blocks_that_each_read_less() {
+        let qkv = Shape { tiles: 96, panels: 64, rows: 128 };
+        let down = Shape { tiles: 64, panels: 224, rows: 128 };
+        let of = |shape, card| {
+            let plan = plan(shape, Epilogue::Store, card);
+            (plan.tile, plan.splits)
+        };
+        assert_eq!(of(qkv, H200), (Tile::Rows256Tokens128, 4));
+        assert_eq!(of(qkv, H100), (Tile::Rows128Tokens128, 2));
+        assert_eq!(of(down, H200), (Tile::Rows128Tokens128, 4));
+        assert_eq!(of(down, H100), (Tile::Rows128Tokens128, 3));
     }
 }
