@@ -27,7 +27,7 @@ pub const QUEUE_COUNTED: f64 = 2.0;
 const LEARN_SHARE: f64 = 0.25;
 /// A rise at most doubles, but may always add this many.
 const RISE_MIN: u32 = 2;
-/// What one replica can do is forgotten after this, as traffic changes its kind.
+/// What one replica can do is forgotten after this, as traffic changes its kind; so is what were too few.
 pub const CAPACITY_SECONDS_MAX: i64 = 3600;
 
 /// How often the loop looks, and what follows from it.
@@ -147,6 +147,35 @@ pub struct Capacity {
     pub seen_at: i64,
 }
 
+/// A decision that was carried out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change {
+    /// Unix time.
+    pub at: i64,
+    pub from: u32,
+    pub to: u32,
+}
+
+/// Replicas that were fallen to, and did not do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TooFew {
+    pub replicas: u32,
+    /// Unix time of the rise that took the fall back.
+    pub seen_at: i64,
+}
+
+impl TooFew {
+    /// The last fall that was taken back, of decisions with the newest first.
+    pub fn among(changes: &[Change]) -> Option<TooFew> {
+        let taken_back = |pair: &&[Change]| {
+            let (rise, fall) = (pair[0], pair[1]);
+            rise.to > rise.from && fall.to < fall.from && fall.to == rise.from
+        };
+        let pair = changes.windows(2).find(taken_back)?;
+        Some(TooFew { replicas: pair[0].from, seen_at: pair[0].at })
+    }
+}
+
 /// What survives a restart; it stands in status.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Kept {
@@ -154,6 +183,7 @@ pub struct Kept {
     /// Unix time of the last decision.
     pub decided_at: i64,
     pub capacity: Option<Capacity>,
+    pub too_few: Option<TooFew>,
 }
 
 /// What only this process has seen.
@@ -333,7 +363,12 @@ fn fall(look: &Look<'_>, seen: &mut Seen) -> Verdict {
     }
     let floor = bounds.min.min(bounds.max);
     let suffices = (floor..kept.desired).find(|fewer| enough(signals, aims, seen.capacity, *fewer));
-    seen.note(look, suffices.unwrap_or(kept.desired));
+    let suffices = suffices.map_or(kept.desired, |fewer| {
+        // A load near what some number carries would be tried with that number again and again.
+        let too_few = kept.too_few.filter(|it| now - it.seen_at < CAPACITY_SECONDS_MAX);
+        fewer + u32::from(too_few.is_some_and(|it| it.replicas == fewer))
+    });
+    seen.note(look, suffices);
     let Some(wanted) = seen.most_wanted(now, aims.stabilization_seconds) else { return STAY };
     // Without knowing what one carries, one at a time.
     let to = if seen.capacity.is_some() { wanted } else { wanted.max(kept.desired - 1) };

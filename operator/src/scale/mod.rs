@@ -26,7 +26,7 @@ use plimsoll_crds::{
     DECISIONS_MAX, PlanStatus, ReplicaCapacity, ScalingDecision, ScalingStatus, bounded,
 };
 
-use crate::scale::decide::{Capacity, Kept};
+use crate::scale::decide::{Capacity, Change, Kept, TooFew};
 use crate::spec::{Scaling, Spec};
 use crate::status::Said;
 
@@ -94,8 +94,15 @@ pub fn replicas(
 /// What of `scaling` the loop goes on from. What was seen of another revision says nothing of this one.
 fn kept(scaling: &ScalingStatus, revision: Option<&str>) -> Kept {
     let capacity = scaling.capacity.as_ref().filter(|seen| seen.revision.as_deref() == revision);
+    let replicas = |number: i32| u32::try_from(number).unwrap_or(0);
+    let recent = scaling.recent.iter().map(|made| Change {
+        at: made.at.0.as_second(),
+        from: replicas(made.from),
+        to: replicas(made.to),
+    });
     Kept {
-        desired: u32::try_from(scaling.desired).unwrap_or(0),
+        desired: replicas(scaling.desired),
+        too_few: TooFew::among(&recent.collect::<Vec<_>>()),
         decided_at: scaling.recent.first().map_or(0, |last| last.at.0.as_second()),
         capacity: capacity.map(|seen| Capacity {
             requests_per_second: seen.requests_per_hour as f64 / 3600.0,

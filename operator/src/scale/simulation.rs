@@ -7,7 +7,9 @@
 
 use std::collections::VecDeque;
 
-use super::decide::{Aims, Bounds, Kept, Look, Seen, Tempo, Verdict, decide};
+use plimsoll_crds::DECISIONS_MAX;
+
+use super::decide::{Aims, Bounds, Change, Kept, Look, Seen, Tempo, TooFew, Verdict, decide};
 use super::signals::{Pods, Sample, Told, gather};
 
 /// Length of a step of the simulation, in seconds.
@@ -330,13 +332,15 @@ pub trait Scaler {
 /// The loop of this operator.
 pub struct Ours {
     kept: Kept,
+    /// The last ones, newest first, as status keeps them.
+    changes: Vec<Change>,
     seen: Seen,
 }
 
 impl Ours {
     pub fn new() -> Ours {
-        let kept = Kept { desired: 1, decided_at: 0, capacity: None };
-        Ours { kept, seen: Seen::default() }
+        let kept = Kept { desired: 1, decided_at: 0, capacity: None, too_few: None };
+        Ours { kept, changes: Vec::new(), seen: Seen::default() }
     }
 
     /// As a restart leaves it: only what stands in status.
@@ -360,7 +364,10 @@ impl Scaler for Ours {
             now: view.now,
         };
         if let Verdict::Move { to, capacity, .. } = decide(&look, &mut self.seen) {
-            self.kept = Kept { desired: to, decided_at: view.now, capacity };
+            self.changes.insert(0, Change { at: view.now, from: self.kept.desired, to });
+            self.changes.truncate(DECISIONS_MAX);
+            let too_few = TooFew::among(&self.changes);
+            self.kept = Kept { desired: to, decided_at: view.now, capacity, too_few };
         }
         self.kept.desired
     }

@@ -38,7 +38,8 @@ fn desk(replicas: u32, waiting_each: f64, running_each: f64, finished_each: f64)
         stabilization_seconds: 300,
     };
     let bounds = Bounds { min: 1, max: 10, max_because: "spec.scaling.max is 10".to_owned() };
-    let kept = Kept { desired: replicas, decided_at: START - 100_000, capacity: None };
+    let kept =
+        Kept { desired: replicas, decided_at: START - 100_000, capacity: None, too_few: None };
     Desk { signals, aims, bounds, kept, seen: Seen::default(), now: START, follows: false }
 }
 
@@ -59,7 +60,8 @@ impl Desk {
         let verdict = decide(&look, &mut self.seen);
         self.now += TEMPO.interval_seconds;
         if let Verdict::Move { to, capacity, .. } = &verdict {
-            self.kept = Kept { desired: *to, decided_at: self.now, capacity: *capacity };
+            self.kept =
+                Kept { desired: *to, decided_at: self.now, capacity: *capacity, ..self.kept };
             if self.follows {
                 self.signals.ready = *to;
                 self.signals.reporting = *to;
@@ -388,4 +390,25 @@ fn the_memory_of_a_look_stays_small() {
         desk.look();
     }
     assert!(desk.seen.wanted.len() <= 10, "{}", desk.seen.wanted.len());
+}
+
+#[test]
+fn what_was_too_few_is_not_tried_again_within_the_hour_but_fewer_still_may_be() {
+    let change = |at: i64, from: u32, to: u32| Change { at, from, to };
+    let taken_back = [change(START, 2, 3), change(START - 900, 3, 2), change(START - 5000, 1, 3)];
+    let too_few = TooFew::among(&taken_back);
+    assert_eq!(too_few, Some(TooFew { replicas: 2, seen_at: START }));
+    assert_eq!(TooFew::among(&taken_back[1..]), None, "a fall after a rise takes nothing back");
+
+    let mut near = desk(3, 0.0, 4.0, 0.4);
+    assert_eq!(near.moves_within(600).unwrap().0, 2);
+    let mut near = desk(3, 0.0, 4.0, 0.4);
+    near.kept.too_few = too_few;
+    assert_eq!(near.moves_within(3500), None);
+    assert_eq!(near.moves_within(600).unwrap().0, 2, "an hour later");
+
+    let mut idle = desk(3, 0.0, 2.0, 0.1);
+    idle.kept.too_few = too_few;
+    idle.kept.capacity = carries(1.0);
+    assert_eq!(idle.moves_within(600).unwrap().0, 1);
 }
