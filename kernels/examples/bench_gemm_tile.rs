@@ -85,16 +85,7 @@ fn line(
     tokens: usize,
     other: Option<f64>,
 ) {
-    let shape = Shape {
-        tiles: (product.stored / 64) as u32,
-        panels: (product.columns / 64) as u32,
-        rows: tokens as u32,
-    };
-    let planned = plan(shape, product.epilogue, Card::of(device));
-    let mut cuts = cuts(shape, product.epilogue, device.processors());
-    if !cuts.contains(&planned) {
-        cuts.push(planned);
-    }
+    let (planned, cuts) = candidates(device, product, tokens);
     let time =
         |cut: Plan, seconds: f64| seconds_of(device, gemm, memory, product, tokens, cut, seconds);
     let mut timed: Vec<(f64, Plan)> = cuts.iter().map(|&cut| (time(cut, 2e-3), cut)).collect();
@@ -147,19 +138,10 @@ fn hot(device: &Device, gemm: &GemmTile, memory: &Memory) {
 fn hot_decode(device: &Device, gemm: &GemmTile, memory: &Memory) {
     for product in &PRODUCTS[4..] {
         for tokens in [128, 256] {
-            let shape = Shape {
-                tiles: (product.stored / 64) as u32,
-                panels: (product.columns / 64) as u32,
-                rows: tokens as u32,
-            };
-            let planned = plan(shape, product.epilogue, Card::of(device));
+            let (planned, cuts) = candidates(device, product, tokens);
             let time = |cut: Plan, seconds: f64| {
                 1e6 * seconds_of(device, gemm, memory, product, tokens, cut, seconds)
             };
-            let mut cuts = cuts(shape, product.epilogue, device.processors());
-            if !cuts.contains(&planned) {
-                cuts.push(planned);
-            }
             let cold: Vec<f64> = cuts.iter().map(|&cut| time(cut, 2e-3)).collect();
             time(planned, 1.0);
             let mut timed: Vec<(f64, f64, Plan)> =
@@ -184,6 +166,21 @@ fn short(plan: Plan) -> String {
     let (rows, tokens) = (plan.tile.tiles() * 64, plan.tile.tokens());
     let deal = if plan.deal { "d" } else { "" };
     format!("{rows}x{tokens}x{}{deal}b{}", plan.splits, plan.band)
+}
+
+/// The planned cut, and all that make sense, the planned one among them.
+fn candidates(device: &Device, product: &Product, tokens: usize) -> (Plan, Vec<Plan>) {
+    let shape = Shape {
+        tiles: (product.stored / 64) as u32,
+        panels: (product.columns / 64) as u32,
+        rows: tokens as u32,
+    };
+    let planned = plan(shape, product.epilogue, Card::of(device));
+    let mut cuts = cuts(shape, product.epilogue, device.processors());
+    if !cuts.contains(&planned) {
+        cuts.push(planned);
+    }
+    (planned, cuts)
 }
 
 fn cuts(shape: Shape, epilogue: Epilogue, processors: u32) -> Vec<Plan> {
