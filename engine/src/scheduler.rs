@@ -8,7 +8,8 @@
 //!   ever. Who waits is admitted strictly by turn; nobody overtakes, even who would fit, and who runs already is not
 //!   stopped for an earlier turn that arrives later. Within a step decode rows come first, then prompts under way,
 //!   each by turn, then who is admitted, under `step_tokens_max`. Hence of two choices the one whose turn is earlier
-//!   and whose request is no younger has its first token first.
+//!   and whose request is no younger has its first token first. A step with many decode rows may take fewer rows of new
+//!   prompts than it could, where the device takes these cheaper ([`StepCosts`]); the rest goes with the next step.
 //! - **Pages.** Admission takes all pages of the prompt at once and leaves one page for each running sequence.
 //!   Decoding takes pages one by one. When there is none, the running sequence whose turn is last gives up all of its
 //!   pages and goes back to its place in the queue, to be computed again; the last itself waits. So the first always
@@ -21,6 +22,7 @@
 //! - **Ends.** Every choice gets exactly one [`Notice::Ended`].
 
 mod commit;
+mod costs;
 mod limits;
 mod plan;
 mod request_map;
@@ -29,6 +31,7 @@ mod sequence;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+pub use costs::StepCosts;
 pub use limits::{Ask, Limits};
 use plimsoll_contract::abilities::PAGE_TOKENS;
 pub use request_map::RequestMap;
@@ -143,6 +146,7 @@ struct SpanInFlight {
 
 pub struct Scheduler {
     limits: Limits,
+    costs: StepCosts,
     kv: KvCache,
     requests: RequestMap<RequestState>,
     /// Not running: preempted ones and those that never ran.
@@ -163,7 +167,7 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    pub fn new(limits: Limits) -> Scheduler {
+    pub fn new(limits: Limits, costs: StepCosts) -> Scheduler {
         limits.check();
         Scheduler {
             kv: KvCache::new(&limits.kv_pages),
@@ -180,6 +184,7 @@ impl Scheduler {
             next_step: 1,
             totals: Totals::default(),
             limits,
+            costs,
         }
     }
 

@@ -75,7 +75,7 @@ impl StepLoop {
         let groups = backend.layout().groups.len();
         assert_eq!(groups, limits.kv_pages.len(), "a number of pages for each layer group");
         let (sender, commands) = std::sync::mpsc::channel();
-        let scheduler = Scheduler::new(limits.clone());
+        let scheduler = Scheduler::new(limits.clone(), backend.step_costs());
         let shared = Arc::new(Shared::new(limits, metrics, scheduler.pages_total()));
         let step_loop = StepLoop {
             backend,

@@ -6,18 +6,21 @@
 // bulk copies of whole panels: 8 KB per tile of weights, 128 bytes per token.
 //
 //   (kTilesEach, kTokens)   rows x tokens   stage      stages   for
-//   (1, 256)                128 x 256       16 + 32 KB   4      prefill, and decode beyond 192 tokens
+//   (1, 256)                128 x 256       16 + 32 KB   4      prefill
 //   (2, 128)                256 x 128       32 + 16 KB   4      the same, where it divides better
-//   (1, 192)                128 x 192       16 + 24 KB   4      129 to 192 tokens
-//   (1, 128)                128 x 128       16 + 16 KB   6      decode up to 128 tokens
-//   (1, 64)                 128 x 64        16 + 8 KB    8      the same for few rows: half the sums to exchange
+//   (1, 192)                128 x 192       16 + 24 KB   4      whatever they divide so that all processors have as much to do
+//   (1, 160)                128 x 160       16 + 20 KB   5
+//   (1, 128)                128 x 128       16 + 16 KB   6
+//   (1, 96)                 128 x 96        16 + 12 KB   6
+//   (1, 64)                 128 x 64        16 + 8 KB    8
 //
-// What bounds it. The matrix units (under load: the card's power), and what a processor takes from the L2: some 75 GB/s;
-// a 128 x 256 tile needs 65 at 750 TFLOP/s. So tiles are as large as the registers allow. (Clusters that
-// multicast a tile of tokens to two or four blocks were slower: the bytes a processor takes in stay the same, and
-// their rings become coupled.) Where rows x tokens are too few blocks for all processors, `splits` blocks share a
-// tile's K: each leaves its sums in the workspace, and when all have done so each adds up a part of the tokens, always
-// in the same order. They wait for each other, so all of such a grid must fit the card at once.
+// What bounds it. The matrix units (under load: the card's power); and what a processor takes from the L2, some 95 GB/s,
+// where a 128 x 256 tile needs 65 at 750 TFLOP/s and a 128 x 128 tile 87. So one thread asks for weights and another for
+// tokens: one alone kept tiles of 128 tokens and fewer to 60 GB/s. (Clusters that multicast tokens to two blocks, tensor
+// maps for both operands, and blocks that begin at different places of K changed nothing.) Where rows x tokens are too few
+// blocks for all processors, `splits` blocks share a tile's K: each leaves its sums in the workspace, and when all have
+// done so each adds up a part of the tokens, always in the same order. They wait for each other, so all of such a grid must
+// fit the card at once.
 // Bytes: weights once per band of token tiles, tokens once, outputs once. Expected: 90 % of the matrix peak for
 // prefill; in decode 85 % of the larger of weights at the read bandwidth and operations at the peak. Measured on an
 // H100 (Llama 8B, 2,048 tokens): gate and up 98 %, down 97 %, qkv 94 %, o 80 % of 750 TFLOP/s, the epilogues included;
@@ -34,7 +37,7 @@ struct GemmTileArguments {
     GemmArguments g;   // `partials` [units][splits][rows of a block][kTokens], in the order of the kernel's own making;
                        // `counters` [units], zero before and after
     int token_tiles;   // of kTokens
-    int row_blocks;    // of 2 * kTilesEach tiles of weights; a unit is one of them by one token tile
+    int row_blocks;    // of kTiles tiles of weights; a unit is one of them by one token tile
     int band;          // token tiles that are walked side by side
     int whole;         // units that one block does each; with `splits` 1 the others' panels are dealt out evenly
     int weights_once;  // each weight is read by one block only
@@ -45,8 +48,12 @@ struct GemmTileArguments {
 
 constexpr int kTileBytes = 64 * kPanelRowBytes;
 constexpr int kConsumers = 256;
-constexpr int kThreads = kConsumers + 128;
-constexpr int kScalers = 96;
+// One thread that asks for weights, one that asks for tokens, each with a warp for itself: one for both would take longer
+// to ask than the copies take. The other warps make scales.
+constexpr int kWeightProducer = kConsumers;
+constexpr int kTokenProducer = kConsumers + 32;
+constexpr int kScalers = 64;
+constexpr int kThreads = kTokenProducer + 32 + kScalers;
 // Sums leave in chunks of 64 a thread: 64 rows by 128 tokens of a warpgroup, through 16 KB of shared memory.
 constexpr int kChunkTokens = 128;
 constexpr int kChunkBytes = kChunkTokens * kPanelRowBytes;
@@ -71,7 +78,7 @@ struct Block {
 struct Unit {
     int row;    // block of rows
     int first;  // token
-    int width;  // tokens that are loaded, a multiple of 64: the products of those beyond are never looked at
+    int width;  // tokens that are loaded, a multiple of eight: the products of those beyond are never looked at
 };
 
 template <int kTokens>
@@ -81,7 +88,7 @@ __device__ __forceinline__ Unit unit_of(const GemmTileArguments& a, int index) {
     const int tiles = min(a.band, a.token_tiles - band * a.band);
     const int token_tile = band * a.band + within % tiles;
     const int first = token_tile * kTokens;
-    return {within / tiles, first, min(kTokens, (a.g.rows - first + 63) / 64 * 64)};
+    return {within / tiles, first, min(kTokens, (a.g.rows - first + 7) / 8 * 8)};
 }
 
 // Panels [panel, panel + count) of a unit.
@@ -133,10 +140,18 @@ struct Ring {
     }
 };
 
-// A bulk copy of what other blocks will read again and again: it leaves the L2 last.
-__device__ __forceinline__ void bulk_copy_and_keep(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+// When what is copied leaves the L2: before all else, or after it.
+__device__ __forceinline__ uint64_t leaves_first() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint64_t leaves_last() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void bulk_copy_as(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
         "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
@@ -582,48 +597,49 @@ __device__ __forceinline__ void product(const GemmTileArguments& a) {
 
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(56));
-        if (threadIdx.x == kConsumers) {
-            // Tiles past the last are clamped: what comes of them is not written.
-            const auto load_weights = [&](const Unit& unit, int panel, int stage) {
-                const uint32_t full = base + B::kFull + 8 * stage;
-                barrier_expect(full, B::kWeightBytes + unit.width * kPanelRowBytes);
-#pragma unroll 1
-                for (int i = 0; i < B::kTiles; ++i) {
-                    const int tile = min(unit.row * B::kTiles + i, g.tiles - 1);
-                    const bf16* from = g.weights + (static_cast<int64_t>(tile) * g.panels + panel) * (kTileBytes / 2);
-                    const uint32_t to = base + stage * B::kStageBytes + i * kTileBytes;
-                    if (a.weights_once) bulk_copy_once(to, from, kTileBytes, full);
-                    else bulk_copy(to, from, kTileBytes, full);
-                }
-            };
-            int ahead = 0;
-            bool more = walk.next(item);
-            Unit unit = unit_of<B::kTokens>(a, item.unit);
-            // Weights do not wait for the predecessor.
-            for (; more && ahead < min(item.count, B::kStages); ++ahead) load_weights(unit, item.panel + ahead, ahead);
-            wait_for_predecessor();
+        if (threadIdx.x == kWeightProducer) {
+            const uint64_t policy = leaves_first();
+            // Weights do not wait for the predecessor: nobody writes them. Tiles past the last are clamped: what comes of them is not
+            // written.
             Ring<B::kStages> ring;
-            while (more) {
+            while (walk.next(item)) {
+                const Unit unit = unit_of<B::kTokens>(a, item.unit);
                 for (int panel = item.panel; panel < item.panel + item.count; ++panel) {
                     const uint32_t full = base + B::kFull + 8 * ring.stage;
-                    if (ahead > 0) {
-                        --ahead;
-                    } else {
-                        barrier_wait(base + B::kEmpty + 8 * ring.stage, ring.phase ^ 1);
-                        load_weights(unit, panel, ring.stage);
+                    barrier_wait(base + B::kEmpty + 8 * ring.stage, ring.phase ^ 1);
+#pragma unroll
+                    for (int i = 0; i < B::kTiles; ++i) {
+                        const int tile = min(unit.row * B::kTiles + i, g.tiles - 1);
+                        const bf16* from = g.weights + (static_cast<int64_t>(tile) * g.panels + panel) * (kTileBytes / 2);
+                        const uint32_t to = base + ring.stage * B::kStageBytes + i * kTileBytes;
+                        if (a.weights_once) bulk_copy_as(to, from, kTileBytes, full, policy);
+                        else bulk_copy(to, from, kTileBytes, full);
                     }
-                    const uint32_t to = base + ring.stage * B::kStageBytes + B::kWeightBytes;
-                    const bf16* from = g.input + (static_cast<int64_t>(panel) * g.rows_max + unit.first) * kPanelColumns;
-                    if (a.tokens_stay) bulk_copy_and_keep(to, from, unit.width * kPanelRowBytes, full);
-                    else bulk_copy(to, from, unit.width * kPanelRowBytes, full);
                     ring.advance();
                 }
-                more = walk.next(item);
-                unit = unit_of<B::kTokens>(a, item.unit);
             }
-        } else if (threadIdx.x >= kConsumers + 32) {
+        } else if (threadIdx.x == kTokenProducer) {
+            const uint64_t policy = leaves_last();
             wait_for_predecessor();
-            const int thread = threadIdx.x - kConsumers - 32;
+            Ring<B::kStages> ring;
+            while (walk.next(item)) {
+                const Unit unit = unit_of<B::kTokens>(a, item.unit);
+                const int bytes = unit.width * kPanelRowBytes;
+                for (int panel = item.panel; panel < item.panel + item.count; ++panel) {
+                    const uint32_t full = base + B::kFull + 8 * ring.stage;
+                    const uint32_t to = base + ring.stage * B::kStageBytes + B::kWeightBytes;
+                    const bf16* from = g.input + (static_cast<int64_t>(panel) * g.rows_max + unit.first) * kPanelColumns;
+                    barrier_wait(base + B::kEmpty + 8 * ring.stage, ring.phase ^ 1);
+                    // For the weights too, which may have come before.
+                    barrier_expect(full, B::kWeightBytes + bytes);
+                    if (a.tokens_stay) bulk_copy_as(to, from, bytes, full, policy);
+                    else bulk_copy(to, from, bytes, full);
+                    ring.advance();
+                }
+            }
+        } else if (threadIdx.x >= kTokenProducer + 32) {
+            wait_for_predecessor();
+            const int thread = threadIdx.x - kTokenProducer - 32;
             Ring<2> ring;
             while (walk.next(item)) {
                 if (!finishes(a, item)) continue;
@@ -670,7 +686,9 @@ __device__ __forceinline__ void product(const GemmTileArguments& a) {
     PRODUCT(gemm_tile_##epilogue_name##_128x256, epilogue, 1, 256)      \
     PRODUCT(gemm_tile_##epilogue_name##_256x128, epilogue, 2, 128)      \
     PRODUCT(gemm_tile_##epilogue_name##_128x192, epilogue, 1, 192)      \
+    PRODUCT(gemm_tile_##epilogue_name##_128x160, epilogue, 1, 160)      \
     PRODUCT(gemm_tile_##epilogue_name##_128x128, epilogue, 1, 128)      \
+    PRODUCT(gemm_tile_##epilogue_name##_128x96, epilogue, 1, 96)        \
     PRODUCT(gemm_tile_##epilogue_name##_128x64, epilogue, 1, 64)
 
 PRODUCTS(store, kStore)

@@ -32,9 +32,13 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_NAMES_8 WGMMA_NAMES_4 ", %4, %5, %6, %7"
 #define WGMMA_NAMES_16 WGMMA_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_NAMES_32 WGMMA_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_NAMES_48 WGMMA_NAMES_32                                                                          \
+    ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_NAMES_64 WGMMA_NAMES_32                                                                          \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"                         \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_NAMES_80 WGMMA_NAMES_64                                                                          \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define WGMMA_NAMES_96 WGMMA_NAMES_64                                                                          \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"                         \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
@@ -45,7 +49,9 @@ __device__ __forceinline__ void wgmma_wait() {
 #define WGMMA_SUMS_8(d, i) WGMMA_SUMS_4(d, i), WGMMA_SUMS_4(d, i + 4)
 #define WGMMA_SUMS_16(d, i) WGMMA_SUMS_8(d, i), WGMMA_SUMS_8(d, i + 8)
 #define WGMMA_SUMS_32(d, i) WGMMA_SUMS_16(d, i), WGMMA_SUMS_16(d, i + 16)
+#define WGMMA_SUMS_48(d, i) WGMMA_SUMS_32(d, i), WGMMA_SUMS_16(d, i + 32)
 #define WGMMA_SUMS_64(d, i) WGMMA_SUMS_32(d, i), WGMMA_SUMS_32(d, i + 32)
+#define WGMMA_SUMS_80(d, i) WGMMA_SUMS_64(d, i), WGMMA_SUMS_16(d, i + 64)
 #define WGMMA_SUMS_96(d, i) WGMMA_SUMS_64(d, i), WGMMA_SUMS_32(d, i + 64)
 #define WGMMA_SUMS_128(d, i) WGMMA_SUMS_64(d, i), WGMMA_SUMS_64(d, i + 64)
 
@@ -70,7 +76,9 @@ WGMMA(8, 4, 4, 5, 6)
 WGMMA(16, 8, 8, 9, 10)
 WGMMA(32, 16, 16, 17, 18)
 WGMMA(64, 32, 32, 33, 34)
+WGMMA(96, 48, 48, 49, 50)
 WGMMA(128, 64, 64, 65, 66)
+WGMMA(160, 80, 80, 81, 82)
 WGMMA(192, 96, 96, 97, 98)
 WGMMA(256, 128, 128, 129, 130)
 

@@ -37,7 +37,7 @@ const PRODUCTS: [Product; 8] = [
     Product { name: "8b.down", stored: 4096, columns: 14336, epilogue: Epilogue::Residual },
 ];
 
-const TOKENS: [usize; 6] = [128, 192, 256, 512, 1024, 2048];
+const TOKENS: [usize; 10] = [128, 192, 256, 320, 384, 512, 640, 768, 1024, 2048];
 
 struct Memory {
     weights: Buffer,
@@ -187,7 +187,9 @@ fn cuts(shape: Shape, epilogue: Epilogue, processors: u32) -> Vec<Plan> {
     let mut cuts = Vec::new();
     for tile in Tile::ALL {
         let token_tiles = shape.rows.div_ceil(tile.tokens());
-        if (token_tiles * tile.tokens() - shape.rows) * 3 > shape.rows {
+        if (token_tiles * tile.tokens() - shape.rows) * 3 > shape.rows
+            || (shape.rows > 1024 && tile.tokens() < 128)
+        {
             continue;
         }
         for splits in [1, 2, 3, 4, 5, 6, 8] {

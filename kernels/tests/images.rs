@@ -129,6 +129,8 @@ fn every_kernel_is_made_of_the_instructions_it_was_written_for() {
         let expected: &[&str] = match family {
             Family::GemmStream | Family::GemmTile => &["HGMMA", "UBLKCP"],
             Family::GemmPortable => &["HMMA", "LDSM", "LDGSTS", "LDGDEPBAR"],
+            Family::AttentionHopper => &["HGMMA"],
+            Family::AttentionMany => &["HMMA", "UBLKCP"],
             _ => &[],
         };
         for (kernel, code) in &code {

@@ -11,6 +11,7 @@ pub mod scripted;
 use plimsoll_contract::abilities::{Dtype, PAGE_TOKENS};
 
 use crate::batch::{Step, StepNumber, StepOutput};
+use crate::scheduler::StepCosts;
 
 /// Layers that share block tables. One group now; windowed layers can get their own, with pages freed early.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,10 @@ pub enum BackendError {
 /// Executes steps. Called by the one thread that owns the device.
 pub trait Backend: Send {
     fn layout(&self) -> &KvLayout;
+    /// What steps cost by their rows, where that is known and not the same for each.
+    fn step_costs(&self) -> StepCosts {
+        StepCosts::default()
+    }
     /// Starts a step. A later step may be submitted before an earlier one is collected; rows with
     /// [`RowInput::Sampled`](crate::batch::RowInput) read what the slot's previous step sampled.
     fn submit(&mut self, step: Step) -> Result<Ticket, BackendError>;

@@ -2,7 +2,7 @@
 
 use plimsoll_contract::abilities::PAGE_TOKENS;
 
-use super::sequence::Turn;
+use super::sequence::{Sequence, Turn};
 use super::{InFlight, Scheduler, SpanInFlight, SpanPlan, StepPlan};
 use crate::batch::{PageCopy, SequenceId, StepNumber};
 use crate::kv_cache::pages_of;
@@ -42,6 +42,7 @@ impl Scheduler {
             short_of_pages: false,
         };
         self.plan_decodes(&mut draft);
+        draft.rows_left = self.prompt_rows(&draft);
         self.plan_prefills(&mut draft);
         self.admit(&mut draft);
         if draft.spans.is_empty() {
@@ -97,6 +98,29 @@ impl Scheduler {
         self.slots_free.push(sequence.slot);
         self.waiting.insert(sequence.turn, sequence);
         self.totals.preemptions += 1;
+    }
+
+    /// Rows that prompts get: what the step has left, or a little less where that is cheaper for each of its rows.
+    fn prompt_rows(&self, draft: &Draft) -> u32 {
+        let is_prompt = |sequence: &&Sequence| sequence.rows_left() > 1;
+        let running = &self.running[..self.running.len().min(draft.withheld_from)];
+        let begun: u32 = running.iter().filter(is_prompt).map(Sequence::rows_left).sum();
+        let places = match draft.short_of_pages {
+            true => 0,
+            false => self.limits.running_max - self.running.len() - self.leaving.len(),
+        };
+        let mut wanted = begun;
+        for next in self.waiting.values().take(places) {
+            if wanted >= draft.rows_left {
+                break;
+            }
+            wanted += next.length();
+        }
+        let wanted = wanted.min(draft.rows_left);
+        if wanted == 0 {
+            return 0;
+        }
+        self.costs.prompt_rows(draft.spans.len() as u32, begun.min(wanted), wanted)
     }
 
     /// Prompts under way; their pages were taken at admission.

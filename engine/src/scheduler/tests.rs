@@ -30,7 +30,11 @@ struct Bench {
 
 impl Bench {
     fn new(limits: Limits) -> Bench {
-        Bench { scheduler: Scheduler::new(limits), notices: Vec::new(), requests: 0 }
+        Bench::with(limits, StepCosts::default())
+    }
+
+    fn with(limits: Limits, costs: StepCosts) -> Bench {
+        Bench { scheduler: Scheduler::new(limits, costs), notices: Vec::new(), requests: 0 }
     }
 
     fn add(&mut self, ask: Ask) -> RequestId {
@@ -163,6 +167,24 @@ fn decode_rows_come_first_and_prompts_share_what_is_left() {
     assert_eq!(rows(&bench.step()), [(0, 1), (1, 99)]);
     assert_eq!(rows(&bench.step()), [(0, 1), (1, 51), (2, 30)]);
     assert_eq!(rows(&bench.step()), [(0, 1), (1, 1), (2, 1)]);
+}
+
+#[test]
+fn a_step_of_many_decode_rows_ends_with_a_full_tile_of_the_device() {
+    // Tiles of four rows.
+    let costs = StepCosts::of(2, 100, |rows| rows.div_ceil(4) as f32);
+    let mut bench = Bench::with(limits(), costs);
+    bench.add(ask(3, 9));
+    bench.add(ask(3, 9));
+    assert_eq!(rows(&bench.step()), [(0, 3), (1, 3)], "nothing decodes yet");
+    bench.add(ask(13, 9));
+    assert_eq!(rows(&bench.step()), [(0, 1), (1, 1), (2, 10)]);
+    bench.add(ask(9, 9));
+    assert_eq!(
+        rows(&bench.step()),
+        [(0, 1), (1, 1), (2, 3), (3, 7)],
+        "what was put off goes whole, and others fill its tile"
+    );
 }
 
 #[test]

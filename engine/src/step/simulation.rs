@@ -12,6 +12,7 @@ use crate::backend::scripted::{Script, ScriptedBackend, oracle};
 use crate::batch::{AdapterIndex, RowInput, SamplingParams, SequenceId, TokenId};
 use crate::kv_cache::pages_of;
 use crate::request::{Event, FinishReason, PrefixSalt, Refusal, Request, StopRules};
+use crate::scheduler::StepCosts;
 
 const SEEDS: u64 = 10_000;
 
@@ -45,14 +46,27 @@ struct Seen {
     placeholders: u64,
     resumed: u64,
     mixed_steps: u64,
+    /// Prompts of which a step with room left rows to the next.
+    put_off: u64,
     /// Choices that began before one of an older request, whose turn was later.
     interleaved: u64,
+}
+
+/// Half of the devices take rows in tiles, of which some cost more than others.
+fn costs(chance: &mut Chance, rows_max: u32) -> StepCosts {
+    if chance.one_in(2) {
+        return StepCosts::default();
+    }
+    let (unit, tile, seed) = (chance.between(1, 3), chance.between(2, 40), chance.next());
+    let more = |rows: u32| (Chance(seed ^ u64::from(rows)).next() % 100) as f32 / 10.0;
+    StepCosts::of(unit, rows_max, |rows| (rows.div_ceil(tile) * tile) as f32 + more(rows))
 }
 
 /// Passes steps on to the scripted backend after checking what every step must keep.
 struct Watched {
     inner: ScriptedBackend,
     limits: Limits,
+    costs: StepCosts,
     /// With the number of choices that had arrived by then.
     started: BTreeMap<SequenceId, usize>,
     turns: Turns,
@@ -98,6 +112,11 @@ impl Watched {
         }
         seen.copies += step.copies.len() as u64;
         seen.mixed_steps += u64::from(!decode.is_empty() && !prefill.is_empty());
+        if (rows as u32) < self.limits.step_tokens_max {
+            let unfinished: Vec<_> = prefill.iter().filter(|span| !span.sample).collect();
+            assert!(unfinished.iter().all(|span| span.start.is_some()), "put off twice");
+            seen.put_off += unfinished.len() as u64;
+        }
         let inputs = step.spans.iter().flat_map(|span| &span.inputs);
         seen.placeholders += inputs.filter(|input| **input == RowInput::Sampled).count() as u64;
     }
@@ -106,6 +125,10 @@ impl Watched {
 impl Backend for Watched {
     fn layout(&self) -> &KvLayout {
         self.inner.layout()
+    }
+
+    fn step_costs(&self) -> StepCosts {
+        self.costs.clone()
     }
 
     fn submit(&mut self, step: Step) -> Result<Ticket, BackendError> {
@@ -167,6 +190,7 @@ struct Tally {
     copies: u64,
     placeholders: u64,
     mixed_steps: u64,
+    put_off: u64,
     interleaved: u64,
     cached_prompts: u64,
     wholly_cached_prompts: u64,
@@ -220,6 +244,7 @@ impl World {
         let backend = Watched {
             inner: ScriptedBackend::new(&limits.kv_pages, script),
             limits: limits.clone(),
+            costs: costs(&mut chance, limits.step_tokens_max),
             started: BTreeMap::new(),
             turns: Arc::clone(&order),
             seen: Arc::clone(&seen),
@@ -409,6 +434,7 @@ impl World {
         tally.copies += seen.copies;
         tally.placeholders += seen.placeholders;
         tally.mixed_steps += seen.mixed_steps;
+        tally.put_off += seen.put_off;
         tally.interleaved += seen.interleaved;
         for client in &self.clients {
             let first = &client.choices[0];
@@ -520,8 +546,10 @@ fn ten_thousand_worlds_keep_their_books_and_their_promises() {
     for often in [requests, full_queues, never_fitting, left, stopped, found_stop, failed] {
         assert!(often > SEEDS / 20, "{tally:?}");
     }
-    let Tally { preemptions, resumed, copies, placeholders, mixed_steps, interleaved, .. } = tally;
-    for often in [preemptions, resumed, copies, placeholders, mixed_steps, interleaved] {
+    let Tally {
+        preemptions, resumed, copies, placeholders, mixed_steps, put_off, interleaved, ..
+    } = tally;
+    for often in [preemptions, resumed, copies, placeholders, mixed_steps, put_off, interleaved] {
         assert!(often > SEEDS / 20, "{tally:?}");
     }
     assert!(tally.cached_prompts > SEEDS / 20, "{tally:?}");

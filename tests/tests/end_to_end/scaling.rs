@@ -219,7 +219,7 @@ fn soak_a_step_leads_to_three_replicas_and_back_with_no_flapping_under_noise() {
                 now
             };
             let low = watch("low", 90, &mut |_| 0.3 * one);
-            let high = watch("high", 240, &mut |_| 2.0 * one);
+            let high = watch("high", 240, &mut |_| 1.8 * one);
             // Every 10 s another rate, from 1.6 to 2.2 times what one finishes.
             let mut seed = 7u64;
             let mut drawn = 0;

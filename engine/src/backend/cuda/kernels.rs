@@ -9,13 +9,14 @@ use plimsoll_kernels::ops::attention::{
 use plimsoll_kernels::ops::gemm::{Epilogue, GemmArguments};
 use plimsoll_kernels::ops::gemm_portable::{self, GemmPortable};
 use plimsoll_kernels::ops::gemm_stream::{self, GemmStream};
-use plimsoll_kernels::ops::gemm_tile::GemmTile;
+use plimsoll_kernels::ops::gemm_tile::{self, GemmTile};
 use plimsoll_kernels::ops::sampling::Sampling;
 use plimsoll_kernels::ops::step::StepKernels;
 
 use super::CudaOptions;
 use super::forward::Rows;
-use super::shape::{Shape, StepShape};
+use super::shape::{MatrixShape, Shape, StepShape};
+use crate::scheduler::StepCosts;
 
 pub struct Kernels {
     products: Products,
@@ -99,6 +100,9 @@ pub fn workspace_bytes(card: Card, shape: &Shape, step: &StepShape) -> usize {
     partials + counters + attention_partials + attention_counters
 }
 
+/// What a layer takes beside products and attention.
+const BESIDE_PRODUCTS_MICROSECONDS: f64 = 12.0;
+
 /// Tokens that the stream takes at once.
 const STREAM_ROWS_MAX: usize = gemm_stream::ROWS_MAX;
 
@@ -127,6 +131,27 @@ impl Kernels {
             counters: device.zeroed(counters, "counters of products")?,
             attention_partials: device.zeroed(attention_partials, "partial attention")?,
             attention_counters: device.zeroed(attention_counters, "counters of attention")?,
+        })
+    }
+
+    /// What steps of more rows than the stream takes cost, in microseconds: their products, by the model that cuts them, and
+    /// the rest of a decode step. Of other kernels than Hopper's nothing is known.
+    pub fn step_costs(&self, shape: &Shape, step: &StepShape) -> StepCosts {
+        let Products::Hopper { tile, .. } = &self.products else { return StepCosts::default() };
+        if self.batch_invariant {
+            return StepCosts::default();
+        }
+        let product = |matrix: MatrixShape, epilogue, rows| {
+            let (tiles, panels) = (matrix.tiles() as u32, matrix.panels() as u32);
+            tile.microseconds(gemm_tile::Shape { tiles, panels, rows }, epilogue)
+        };
+        let head = product(shape.vocabulary_matrix(), Epilogue::Logits, step.running_max as u32);
+        StepCosts::of(STREAM_ROWS_MAX as u32, step.rows_max() as u32, |rows| {
+            let layer = product(shape.qkv(), Epilogue::Store, rows)
+                + product(shape.output(), Epilogue::Residual, rows)
+                + product(shape.gate_up(), Epilogue::GateUp, rows)
+                + product(shape.down(), Epilogue::Residual, rows);
+            (shape.layers as f64 * (layer + BESIDE_PRODUCTS_MICROSECONDS) + head) as f32
         })
     }
 

@@ -40,6 +40,7 @@ use super::check::{Bounds, check};
 use super::{Backend, BackendError, KvLayout, LayerGroup, LoadProgress, Ticket};
 use crate::batch::{RowInput, Span, SpanOutput, Step, StepNumber, StepOutput};
 use crate::model::{Checkpoint, LoadError, Plan};
+use crate::scheduler::StepCosts;
 
 /// Where weights come from.
 #[derive(Clone, Copy)]
@@ -498,6 +499,10 @@ fn push_rows(draft: &mut Draft, span: &Span) {
 impl Backend for CudaBackend {
     fn layout(&self) -> &KvLayout {
         &self.layout
+    }
+
+    fn step_costs(&self) -> StepCosts {
+        self.kernels.step_costs(&self.shape, &self.step)
     }
 
     fn submit(&mut self, mut step: Step) -> Result<Ticket, BackendError> {
