@@ -34,13 +34,17 @@ bench: build ## Tokens per second of the bundled model on this machine
 	$(BIN)/plimsoll-engine bench --model tests/model
 
 .PHONY: check
-check: dependencies ## Formatting, lints as errors, and dependencies
+check: dependencies figures ## Formatting, lints as errors, dependencies, and tables that their figures give
 	@for part in fmt clippy; do \
 		$(CARGO) $$part --version >/dev/null 2>&1 || rustup component add $${part/fmt/rustfmt} || \
 			{ echo "check: cargo $$part is missing and could not be added" >&2; exit 1; }; \
 	done
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(RELEASE) --all-targets -- -D warnings
+
+.PHONY: figures
+figures:
+	@python3 tests/gpu/tables.py h100 --check
 
 .PHONY: dependencies
 dependencies: ## Licences, bans and sources of all dependencies, as deny.toml says; takes a second

@@ -2,15 +2,17 @@
 
 Enters: docs/perf/<card>/llama-*.json and ceilings.json, as `run.sh bench` leaves them, lmdeploy_*.json of `run.sh peers` where it
 ran, and docs/perf/peers/*.json, which an H200 gave.
-Leaves: a table per model with floors and shares, and one SVG per model of tokens per second against batch.
-Run: python3 tests/gpu/tables.py h100     (needs nothing but Python)
+Leaves: a table per model with floors and shares, one SVG per model of tokens per second against batch, and the README's table.
+Run: python3 tests/gpu/tables.py h100 [--check]     (needs nothing but Python; --check writes nothing, and fails where something differs)
 """
 
 import json
 import sys
 from pathlib import Path
 
-PERF = Path(__file__).resolve().parents[2] / "docs" / "perf"
+ROOT = Path(__file__).resolve().parents[2]
+PERF = ROOT / "docs" / "perf"
+README_MARKS = ("<!-- table of tests/gpu/tables.py -->\n", "<!-- end of the table -->")
 PEERS_CARD = "H200"
 PEERS = {f"vLLM 0.26, {PEERS_CARD}": "vllm", f"SGLang 0.5.17, {PEERS_CARD}": "sglang", f"LMDeploy 0.18, {PEERS_CARD}": "lmdeploy"}
 MODELS = {"llama-3.2-1b": "1b", "llama-3.1-8b": "8b"}
@@ -71,11 +73,26 @@ def plot(model, ours, card, peers):
         parts.append(f'<rect x="575" y="{52 + 24 * index}" width="14" height="4" fill="{colours[index]}"/>'
                      f'<text x="595" y="{59 + 24 * index}">{name}</text>')
     parts.append('<text x="320" y="385" text-anchor="middle">requests at once</text></svg>')
-    (PERF / f"throughput_{MODELS[model]}.svg").write_text("\n".join(parts) + "\n")
+    return "\n".join(parts) + "\n"
+
+
+def readme_table(folder, card):
+    """What ran on one card: ours, the peer's and how many times as fast, of both models."""
+    beside = {model: (read(PERF / folder / f"{model}.json"), read(PERF / folder / f"lmdeploy_{model}.json")) for model in MODELS}
+    heads = " | ".join(f"{model}: Plimsoll | LMDeploy 0.18 | times as fast" for model in MODELS)
+    lines = [f"| one {card}, bf16 | {heads} |", "|---" * (1 + 3 * len(MODELS)) + "|"]
+    for key in ORDER:
+        cells = []
+        for ours, peer in beside.values():
+            ratio = ours[key] / peer[key] if key.endswith("tok_s") else peer[key] / ours[key]
+            cells += [shown(ours[key]), shown(peer[key]), f"{ratio:.2f}"]
+        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main():
-    folder = sys.argv[1]
+    folder, check = sys.argv[1], "--check" in sys.argv[2:]
+    made = {}
     ceilings = read(PERF / folder / "ceilings.json")
     text = [
         "# The CUDA engine beside its peers", "",
@@ -95,13 +112,25 @@ def main():
         beside = PERF / folder / f"lmdeploy_{model}.json"
         if beside.exists():
             peers = {f"LMDeploy 0.18, {card}": read(beside), **peers}
-        plot(model, ours, card, peers)
+        made[PERF / f"throughput_{short}.svg"] = plot(model, ours, card, peers)
         steps = ours["steps"]["decode_bs256_tok_s"]
-        text += [f"## {model}", "", table(ours, peers), "", f"![throughput](throughput_{short}.svg)", "",
+        text += [f"## {model}", "", table(ours, peers), "",
+                 f"One row: `plimsoll-engine bench --random-weights {model} --only ROW`, where ROW may be the beginning of a row's name.", "",
+                 f"![throughput](throughput_{short}.svg)", "",
                  f"Device idle between steps at 256 requests: {steps['idle_p50']:.1f} µs p50. Memory planned "
                  f"{ours['planned_bytes'] / 2**30:.2f} GiB, used {ours['used_bytes'] / 2**30:.2f} GiB. Host RSS "
                  f"{ours['rss_bytes'] / 2**20:.0f} MiB.", ""]
-    (PERF / "cuda.md").write_text("\n".join(text))
+    made[PERF / "cuda.md"] = "\n".join(text)
+    readme = (ROOT / "README.md").read_text()
+    before, rest = readme.split(README_MARKS[0])
+    _, after = rest.split(README_MARKS[1])
+    made[ROOT / "README.md"] = before + README_MARKS[0] + readme_table(folder, card) + README_MARKS[1] + after
+    differing = [path for path, text in made.items() if path.read_text() != text]
+    if not check:
+        for path, text in made.items():
+            path.write_text(text)
+    elif differing:
+        sys.exit(f"tables: not what {' '.join(sys.argv[:2])} gives: {', '.join(str(path.relative_to(ROOT)) for path in differing)}")
 
 
 main()
