@@ -82,6 +82,7 @@ const REFUSED: &[(&str, &str, &str)] = &[
     ("{model: {source: 'hf://a/b'}, resources: {cpu: 0}}", "spec.resources.cpu", "500m"),
     ("{model: {source: 'hf://a/b'}, cache: {dtype: F64}}", "spec.cache.dtype", "\"F16\""),
     ("{model: {source: 'hf://a/b'}, rollout: {drainSeconds: 9999}}", "drainSeconds", "3600"),
+    // kserve#1247: what goes to zero must be held by somebody while it comes back.
     (
         "{model: {source: 'hf://a/b'}, scaling: {min: 0, max: 3}}",
         "spec.scaling.min",

@@ -1,5 +1,5 @@
-//! Prometheus' own promtool evaluates the rules on series written by hand: one case in which each alert fires, one in
-//! which it must not.
+//! Prometheus' own promtool evaluates the rules on series written by hand: one case in which each alert fires and no other
+//! does, one in which it must not.
 
 use std::process::Command;
 
@@ -50,16 +50,20 @@ impl Case {
         let rule = alert.rule();
         let expected =
             json!([{"exp_labels": rule["labels"], "exp_annotations": rule["annotations"]}]);
-        let at = |minute: u32, expected: Value| json!({"eval_time": format!("{minute}m"), "alertname": self.alert, "exp_alerts": expected});
-        let checks = [
-            self.silent_at.map(|minute| at(minute, json!([]))),
-            self.fires_at.map(|minute| at(minute, expected)),
+        let at = |minute: u32, name: &str, expected: Value| json!({"eval_time": format!("{minute}m"), "alertname": name, "exp_alerts": expected});
+        let own = [
+            self.silent_at.map(|minute| at(minute, self.alert, json!([]))),
+            self.fires_at.map(|minute| at(minute, self.alert, expected)),
         ];
+        // No operator is in the series of an object.
+        let others = alerts.iter().map(|other| other.name);
+        let others = others.filter(|name| ![self.alert, "PlimsollOperatorAbsent"].contains(name));
+        let calm = self.fires_at.map(|minute| others.map(move |name| at(minute, name, json!([]))));
         let series =
             self.series.iter().map(|(series, values)| json!({"series": series, "values": values}));
         json!({
             "interval": "1m", "name": self.alert, "input_series": series.collect::<Vec<_>>(),
-            "alert_rule_test": checks.into_iter().flatten().collect::<Vec<_>>(),
+            "alert_rule_test": own.into_iter().flatten().chain(calm.into_iter().flatten()).collect::<Vec<_>>(),
         })
     }
 }

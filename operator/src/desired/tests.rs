@@ -265,7 +265,7 @@ fn the_kill_comes_after_drain_grace_and_drain() {
 }
 
 #[test]
-fn a_start_gets_time_by_the_bytes_it_reads() {
+fn kserve_5062_kubeai_179_aibrix_782_a_start_gets_time_by_the_bytes_it_reads() {
     let pod = template(&everything(), &Place::PerPod);
     let probe = &pod["spec"]["containers"][0]["startupProbe"];
     let seconds =

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn two_scrape_jobs_of_one_pod_count_its_requests_once() {
+    fn aibrix_2780_two_scrape_jobs_of_one_pod_count_its_requests_once() {
         let mut twice = Buckets::default();
         twice.set(1.0, 7.0);
         twice.set(1.0, 7.0);

@@ -50,6 +50,8 @@ fn any_spec() -> impl Strategy<Value = Spec> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
     #[test]
     fn more_memory_never_makes_a_plan_infeasible_nor_serves_less(
         spec in any_spec(), facts in any_facts(), small in 1u64..=200, more in 1u64..=200,
@@ -164,6 +166,32 @@ proptest! {
     }
 
     #[test]
+    fn a_stricter_time_to_first_token_never_picks_a_slower_plan(
+        spec in any_spec(), facts in any_facts(), objective in 0usize..4,
+        cards in prop::collection::vec(0usize..100, 1..5),
+        loose in 10_000u64..100_000_000, share in 1u64..=1000,
+    ) {
+        let mut nodes: Vec<_> = cards.into_iter().map(any_card).collect();
+        nodes.push(node(400 * GIB));
+        let planned = |ttft| {
+            let mut spec = with_slo(&spec, objective, None);
+            spec.preferences.slo.ttft = ttft;
+            plan(&spec, &facts, &nodes).chosen
+        };
+        let strict = loose * share / 1000;
+        for (before, bound) in [(None, loose), (Some(loose), strict)] {
+            let (before, after) = (planned(before), planned(Some(bound)));
+            let Some(after) = after else { continue };
+            let ttft = after.predicted.map(|times| times.ttft).expect("an slo needs figures");
+            prop_assert!(ttft <= bound);
+            let before = before.expect("a stricter bound never makes a plan possible");
+            if let Some(times) = before.predicted {
+                prop_assert!(ttft <= times.ttft || times.ttft <= bound && before.hash == after.hash);
+            }
+        }
+    }
+
+    #[test]
     fn more_memory_of_a_card_never_makes_a_plan_infeasible(
         spec in any_spec(), facts in any_facts(), objective in 0usize..4, card in 0usize..100,
         more in 0u64..100_000, tpot in prop::option::of(1_000u64..1_000_000),
@@ -206,6 +234,8 @@ proptest! {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+
     #[test]
     fn everything_that_could_be_had_fits_its_card(
         spec in any_spec(), facts in any_facts(), card in 0usize..100,

@@ -164,7 +164,7 @@ fn what_one_carries_moves_a_quarter_of_the_way_towards_what_full_ones_finish() {
 }
 
 #[test]
-fn late_answers_add_replicas_and_name_the_percentile_and_the_slo() {
+fn kubeai_405_late_answers_add_replicas_and_name_the_percentile_and_the_slo() {
     let mut ttft = desk(4, 0.0, 8.0, 1.0);
     ttft.signals.ttft_seconds = Some(2.4);
     let (to, why, _) = ttft.moves_within(0).unwrap();
@@ -236,7 +236,7 @@ fn fewer_must_be_in_time_too_unless_each_would_have_one_request() {
 
 /// Everything that is not known must leave the number alone; with `mend` undone the same desk scales down.
 #[test]
-fn no_data_a_partial_scrape_a_rollout_and_a_restart_never_scale_down() {
+fn llm_d_router_2822_no_data_a_partial_scrape_a_rollout_and_a_restart_never_scale_down() {
     let idle = || {
         let mut desk = desk(4, 0.0, 0.0, 0.0);
         desk.kept.capacity = carries(1.0);
