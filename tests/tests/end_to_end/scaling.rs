@@ -188,7 +188,7 @@ fn measure_one(traffic: &Traffic) -> f64 {
 
 /// One step of load up and down with ten minutes of noise at the top.
 #[test]
-#[ignore = "takes 25 minutes of a quiet machine: make soak-scaling"]
+#[ignore = "takes 31 minutes of a quiet machine: make soak-scaling"]
 fn soak_a_step_leads_to_three_replicas_and_back_with_no_flapping_under_noise() {
     let target = std::env::var_os(SOAK).expect("make soak-scaling says where figures go");
     let Some(node) = super::installed() else { return };
@@ -230,7 +230,8 @@ fn soak_a_step_leads_to_three_replicas_and_back_with_no_flapping_under_noise() {
                 }
                 one * (1.6 + 0.6 * (seed >> 33) as f64 / (1u64 << 31) as f64)
             });
-            let back = watch("back", 330, &mut |_| 0.3 * one);
+            // Two falls, each after a window of its own, which begins anew with every look that finds three requests in flight.
+            let back = watch("back", 720, &mut |_| 0.3 * one);
             outcome = Some([low, high, noisy, back]);
             traffic.lost()
         })
