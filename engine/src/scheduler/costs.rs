@@ -25,7 +25,7 @@ impl StepCosts {
             return wanted;
         }
         let (least, all) = (decoding + begun.max(1), decoding + wanted);
-        let full_tiles = (least..all).filter(|rows| rows.is_multiple_of(self.unit));
+        let full_tiles = (least.next_multiple_of(self.unit)..all).step_by(self.unit as usize);
         // Among equals the most rows.
         let candidates = full_tiles.chain([all]).rev();
         let best = candidates.min_by(|&a, &b| self.of_a_row(a).total_cmp(&self.of_a_row(b)));

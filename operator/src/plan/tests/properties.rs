@@ -140,6 +140,26 @@ fn with_slo(spec: &Spec, objective: usize, tpot: Option<u64>) -> Spec {
     spec
 }
 
+/// From no bound to a loose one, and from that to a strict one.
+fn stricter_is_no_slower(
+    planned: impl Fn(Option<u64>) -> Option<Plan>,
+    time: impl Fn(cost::Predicted) -> u64,
+    loose: u64,
+    strict: u64,
+) -> Result<(), TestCaseError> {
+    for (before, bound) in [(None, loose), (Some(loose), strict)] {
+        let (before, after) = (planned(before), planned(Some(bound)));
+        let Some(after) = after else { continue };
+        let taken = after.predicted.map(&time).expect("an slo needs figures");
+        prop_assert!(taken <= bound);
+        let before = before.expect("a stricter bound never makes a plan possible");
+        if let Some(then) = before.predicted.map(&time) {
+            prop_assert!(taken <= then || then <= bound && before.hash == after.hash);
+        }
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(10_000))]
 
@@ -152,17 +172,7 @@ proptest! {
         let mut nodes: Vec<_> = cards.into_iter().map(any_card).collect();
         nodes.push(node(400 * GIB));
         let planned = |tpot| plan(&with_slo(&spec, objective, tpot), &facts, &nodes).chosen;
-        let strict = loose * share / 1000;
-        for (before, bound) in [(None, loose), (Some(loose), strict)] {
-            let (before, after) = (planned(before), planned(Some(bound)));
-            let Some(after) = after else { continue };
-            let tpot = after.predicted.map(|times| times.tpot).expect("an slo needs figures");
-            prop_assert!(tpot <= bound);
-            let before = before.expect("a stricter bound never makes a plan possible");
-            if let Some(times) = before.predicted {
-                prop_assert!(tpot <= times.tpot || times.tpot <= bound && before.hash == after.hash);
-            }
-        }
+        stricter_is_no_slower(planned, |times| times.tpot, loose, loose * share / 1000)?;
     }
 
     #[test]
@@ -178,17 +188,7 @@ proptest! {
             spec.preferences.slo.ttft = ttft;
             plan(&spec, &facts, &nodes).chosen
         };
-        let strict = loose * share / 1000;
-        for (before, bound) in [(None, loose), (Some(loose), strict)] {
-            let (before, after) = (planned(before), planned(Some(bound)));
-            let Some(after) = after else { continue };
-            let ttft = after.predicted.map(|times| times.ttft).expect("an slo needs figures");
-            prop_assert!(ttft <= bound);
-            let before = before.expect("a stricter bound never makes a plan possible");
-            if let Some(times) = before.predicted {
-                prop_assert!(ttft <= times.ttft || times.ttft <= bound && before.hash == after.hash);
-            }
-        }
+        stricter_is_no_slower(planned, |times| times.ttft, loose, loose * share / 1000)?;
     }
 
     #[test]
